@@ -1,0 +1,215 @@
+"""Stage artifacts: a folder under the work directory, complete if and only if it holds a manifest.
+
+A stage writes into a temporary folder beside the final one, hashes what it wrote, writes manifest.json
+and renames the folder. A stage that dies leaves the artifact of the run before it untouched.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract import config as config_module
+from contract.config import Config
+
+MANIFEST = "manifest.json"
+# Larger files are checked by size alone: a month of logs is not read twice to be sure of it.
+MAX_BYTES_HASHED_ON_OPEN = 64 << 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: the folder it writes, the command that runs it, what it needs, and the settings that shape it."""
+
+    name: str
+    command: str
+    needs: tuple[str, ...]
+    sections: tuple[str, ...]
+
+
+STAGES = {
+    "corpus": Stage("corpus", "spark-submit etl/build.py", (), ("seed", "data", "etl")),
+    "gid": Stage("gid", "python gid/build.py", ("corpus",), ("seed", "cf", "gid")),
+    "model": Stage("model", "deepspeed trainer/main.py", ("corpus", "gid"), ("seed", "history", "model", "loss")),
+    "eval": Stage("eval", "deepspeed eval/main.py", ("corpus", "gid", "model"), ("eval",)),
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact: `path / file` are its files, `counts` what the stage counted."""
+
+    path: Path
+    manifest: dict
+
+    @property
+    def counts(self) -> dict:
+        return self.manifest["counts"]
+
+    @property
+    def digest(self) -> str:
+        """Changes whenever a file of the artifact does."""
+        return self.manifest["digest"]
+
+
+def open_artifact(config: Config, name: str) -> Artifact:
+    """Opens <work>/<name>, checked against its manifest, the config and the artifacts it was built from.
+
+    Raises:
+        FileNotFoundError: the stage has not been run.
+        ValueError: files differ from the manifest, or it was built with other settings or another input.
+    """
+    stage, path = STAGES[name], config.work_dir / name
+    command = f"{stage.command} --config <your config>"
+    manifest = _read_manifest(path, command)
+    for file, expected in manifest["files"].items():
+        if problem := _difference(path / file, expected):
+            raise ValueError(f"{path / file} {problem} its manifest; run again: {command}")
+    # A setting that did not exist when the artifact was built cannot have shaped it: only known ones are compared.
+    wanted = config_module.section(config, *stage.sections)
+    for key, value in manifest["config"].items():
+        if key in wanted and wanted[key] != value:
+            raise ValueError(
+                f"{path} was built with {key} = {value!r}, the config says {wanted[key]!r}; "
+                f"set it back, choose another work folder (--work=...), or run again: {command}"
+            )
+    for need in stage.needs:
+        if _read_manifest(config.work_dir / need, STAGES[need].command)["digest"] != manifest["inputs"][need]:
+            raise ValueError(f"{path} was built from another {need}/ than the one that is there now; run: {command}")
+    return Artifact(path, manifest)
+
+
+def _read_manifest(path: Path, command: str) -> dict:
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} is missing or incomplete (no {MANIFEST}); run first: {command}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path / MANIFEST} is damaged ({error}); run again: {command}") from None
+
+
+def _difference(file: Path, expected: dict) -> str:
+    if not file.is_file():
+        return "is missing, unlike in"
+    if file.stat().st_size != expected["bytes"]:
+        return f"has {file.stat().st_size} bytes, not {expected['bytes']} as in"
+    if expected["bytes"] <= MAX_BYTES_HASHED_ON_OPEN and sha256(file) != expected["sha256"]:
+        return "differs in content from"
+    return ""
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class Output:
+    """The folder that a stage fills; `commit` makes it the artifact."""
+
+    def __init__(self, config: Config, name: str):
+        self._config = config
+        self._stage = STAGES[name]
+        self._final = config.work_dir / name
+        self.path = config.work_dir / f".{name}.tmp"
+        self.committed = False
+
+    def commit(self, counts: dict, inputs: dict[str, str], **extra) -> Artifact:
+        """Writes the manifest and renames. `counts`: what a reader wants to know; `inputs`: {name: digest}."""
+        files = {
+            str(file.relative_to(self.path)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(self.path.rglob("*"))
+            if file.is_file() and not file.name.startswith((".", "_"))
+        }
+        manifest = {
+            "stage": self._stage.name,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git": git_revision(),
+            "digest": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+            "counts": counts,
+            "inputs": inputs,
+            **extra,
+            "config": config_module.section(self._config, *self._stage.sections),
+            "files": files,
+        }
+        write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1))
+        old = self._final.with_name(f".{self._stage.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self._final.exists():
+            self._final.rename(old)
+        self.path.rename(self._final)
+        shutil.rmtree(old, ignore_errors=True)
+        self.committed = True
+        return Artifact(self._final, manifest)
+
+
+@contextlib.contextmanager
+def stage_output(config: Config, name: str) -> Iterator[Output]:
+    """A locked, empty folder for the stage's files; it disappears unless it is committed.
+
+    Raises:
+        BlockingIOError: another process writes this artifact.
+        ValueError: the work folder cannot be written.
+    """
+    output = Output(config, name)
+    with lock(config, name):
+        shutil.rmtree(output.path, ignore_errors=True)
+        output.path.mkdir()
+        try:
+            yield output
+        finally:
+            if not output.committed:
+                shutil.rmtree(output.path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(config: Config, name: str) -> Iterator[None]:
+    """Holds <work>/.<name>.lock; the operating system releases it when the process dies."""
+    file = config.work_dir / f".{name}.lock"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = file.open("a+")
+    except OSError as error:
+        raise ValueError(f"the work folder {config.work_dir} cannot be written: {error}; choose --work=...") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise BlockingIOError(
+                f"another run is writing {config.work_dir / name} ({handle.read().strip()}); "
+                "wait for it, or choose another folder with --work=..."
+            ) from None
+        handle.truncate(0)
+        handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%H:%M:%S')}")
+        handle.flush()
+        yield
+
+
+def write_atomically(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(file)
+
+
+def git_revision() -> str:
+    """The revision of this code, with '+' when the tree has changes; 'unknown' outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,75 @@
+"""The command line that all stages share: --config, --dry-run, and an override for every setting."""
+
+import argparse
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from contract import config as config_module
+from contract.config import Config
+
+RANK = int(os.environ.get("RANK", 0))
+
+
+def parse(argv: list[str], doc: str) -> tuple[Config, bool]:
+    """Returns (config, dry_run). `doc`, the entry's docstring, heads its --help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="TOML file, see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config, inputs and outputs; stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    for key, _, f in config_module.fields():
+        choices = f" One of: {', '.join(map(str, f.metadata['choices']))}." if f.metadata["choices"] else ""
+        text = f"{f.metadata['doc']}.{choices} Default: {config_module._toml_value(f.default)}"
+        parser.add_argument(f"--{key}", metavar="V", dest=f"set {key}", help=text.replace("%", "%%"))
+    # argparse would take --train.l for --train.lr; only whole names are settings.
+    parser.allow_abbrev = False
+    known, unknown = parser.parse_known_args(argv)
+    overrides = {k.removeprefix("set "): v for k, v in vars(known).items() if k.startswith("set ") and v is not None}
+    for word in unknown:
+        if not (word.startswith("--") and "." in word):
+            parser.error(f"unrecognized argument: {word}")
+        key, _, value = word.removeprefix("--").partition("=")
+        overrides[key] = value  # refused by load, which names the nearest setting
+    return config_module.load(known.config, overrides), known.dry_run
+
+
+def show_plan(config: Config, reads: dict[str, Path | str], writes: Path) -> None:
+    """What --dry-run prints: the resolved config, what would be read and whether it is there, what is written."""
+    print(config_module.to_toml(config))
+    for what, path in reads.items():
+        state = "" if "*" in str(path) or Path(path).exists() else "   (missing)"
+        print(f"reads  {what:<12} {path}{state}")
+    print(f"writes {'':<12} {writes}{'   (would be replaced)' if writes.exists() else ''}")
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Calls `main(argv)` and turns errors that a user can mend into one message and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError, BlockingIOError, ConnectionError) as error:
+        if RANK > 0:
+            time.sleep(5)  # rank 0 meets the same error; let its message be the one that is read
+        message = textwrap.indent(str(error), "  ").lstrip()
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if os.environ.get("COLAREC_TRACEBACK"):
+            raise
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print("\ninterrupted; finished artifacts are as they were", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+class Progress:
+    """Prints what a stage is doing, with the seconds since it began. Silent on ranks above 0."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+        self.start = time.monotonic()
+
+    def __call__(self, message: str) -> None:
+        if RANK == 0:
+            print(f"[{self.stage} {time.monotonic() - self.start:6.1f}s] {message}", flush=True)

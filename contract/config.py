@@ -1,0 +1,386 @@
+"""The one configuration of an experiment: defaults < TOML file < command line.
+
+Every field carries its documentation, which `--help` prints. What can be derived
+(vocabulary size, GID length, the DeepSpeed dict, the number of steps) is derived and has no field.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def _opt(default, doc: str, choices: tuple = ()):
+    return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the raw log is and how to read it."""
+
+    format: str = _opt("jsonl", "format of the interactions", ("csv", "jsonl", "parquet", "colarec"))
+    path: str = _opt("", "folder that the paths below are relative to (colarec: the release's folder)")
+    interactions: tuple[str, ...] = _opt((), "interaction files, relative to path; globs allowed")
+    items: tuple[str, ...] = _opt((), "item files, relative to path; globs allowed")
+    items_format: str = _opt("", "format of the item files; empty: the same as format", ("", "csv", "jsonl", "parquet"))
+    user_column: str = _opt("user_id", "interaction column of the user")
+    item_column: str = _opt("item_id", "interaction and item column of the item")
+    time_column: str = _opt("timestamp", "interaction column of the time")
+    time_unit: str = _opt(
+        "s",
+        "unit of the time; 'order': only the order within a user is known, so no dates are checked and "
+        "time gaps are not used",
+        ("s", "ms", "us", "iso", "order"),
+    )
+    event_column: str = _opt("", "interaction column of the event type; empty: all events are alike")
+    text_columns: tuple[str, ...] = _opt(("title",), "item columns whose text is the content, in this order")
+
+
+@dataclass(frozen=True)
+class Etl:
+    """From the log to corpus/."""
+
+    events: tuple[str, ...] = _opt((), "event types to keep, weakest first; empty: all that occur")
+    repeats: str = _opt(
+        "first",
+        "several events of a user on an item: 'first' counts the item once, at its first time and with its "
+        "strongest event type; 'keep' keeps them all (then eval.mask_seen must be false)",
+        ("first", "keep"),
+    )
+    min_user: int = _opt(5, "k-core: events a user must have; 0: no limit")
+    min_item: int = _opt(5, "k-core: events an item must have; 0: keep the whole catalog, cold items too")
+    max_user_events: int = _opt(1000, "keep only the latest events of a user, at most so many")
+    max_bad_share: float = _opt(0.01, "stop when a larger share of the rows is unusable")
+    split: str = _opt(
+        "leave_one_out",
+        "'leave_one_out': a user's last item is test, the one before valid; 'given': as the input says",
+        ("leave_one_out", "given"),
+    )
+    valid_in_history: bool = _opt(True, "valid items are part of the history (and of the seen items) at test time")
+    vocab_size: int = _opt(8000, "SentencePiece vocabulary, pieces; reduced when the text does not hold so many")
+    max_item_tokens: int = _opt(30, "content tokens kept of an item")
+    max_users_per_item: int = _opt(64, "train users sampled per item for the user slots")
+    num_shards: int = _opt(16, "WebDataset shards per split")
+
+
+@dataclass(frozen=True)
+class Cf:
+    """LightGCN, the collaborative embeddings."""
+
+    dim: int = _opt(64, "embedding size")
+    num_layers: int = _opt(3, "propagation layers")
+    lr: float = _opt(5e-3, "Adam learning rate")
+    l2: float = _opt(1e-4, "L2 weight of the layer-0 embeddings of a batch")
+    batch: int = _opt(8192, "interactions per step")
+    max_epochs: int = _opt(200, "epochs at most")
+    eval_every: int = _opt(5, "epochs between two measurements of valid Recall@20")
+    patience: int = _opt(5, "stop after so many measurements without a better valid Recall@20")
+
+
+@dataclass(frozen=True)
+class Gid:
+    """The tree and its paths."""
+
+    method: str = _opt(
+        "collaborative",
+        "'collaborative': balanced hierarchical k-means of the CF embeddings (the paper); 'random': no meaning",
+        ("collaborative", "random"),
+    )
+    branching: int = _opt(32, "K, children of a node and codes per level")
+    length: int = _opt(0, "l, tokens of a GID; 0: the least l with K^l >= items * slack")
+    slack: float = _opt(1.25, "room for growth when l is derived, times the number of items")
+    headroom: float = _opt(0.75, "inner clusters are filled to at most this share of K^(l-t) when that is feasible")
+
+
+@dataclass(frozen=True)
+class History:
+    """What the encoder sees of a user."""
+
+    order: str = _opt(
+        "time",
+        "'time': what came before the target, in time order, with recency, time gap and event type embedded; "
+        "'set': a sample of the user's other items (the paper)",
+        ("time", "set"),
+    )
+    encoding: str = _opt(
+        "pooled",
+        "'pooled': one encoder position per item (atomic embedding + mean of its content tokens); "
+        "'tokens': every content token is a position (the paper)",
+        ("pooled", "tokens"),
+    )
+    train_items: int = _opt(20, "history items at training, at most")
+    eval_items: int = _opt(20, "history items at evaluation, at most")
+    max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')")
+    user_slots: int = _opt(4, "users sampled into X_i, the encoder input of an item; 0: none")
+
+
+@dataclass(frozen=True)
+class Model:
+    """T5 encoder-decoder."""
+
+    d_model: int = _opt(128, "width")
+    d_ff: int = _opt(512, "width of the feed-forward layers")
+    d_kv: int = _opt(32, "width of a head")
+    num_heads: int = _opt(4, "attention heads")
+    num_encoder_layers: int = _opt(2, "encoder layers")
+    num_decoder_layers: int = _opt(2, "decoder layers")
+    dropout: float = _opt(0.1, "dropout rate")
+    tie_codebooks: bool = _opt(True, "heads are the levels' input codebooks (the paper's equation) or apart (its code)")
+    item_init: str = _opt(
+        "cf",
+        "start of the atomic item embeddings: 'cf': the CF embeddings under a random rotation; 'random'",
+        ("cf", "random"),
+    )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of the losses; 0 switches one off and saves its forward passes."""
+
+    rec: float = _opt(1.0, "cross-entropy of the target's GID given the user")
+    index: float = _opt(1.0, "cross-entropy of an item's GID given the item, for positive and negative item")
+    bpr: float = _opt(1.0, "the user ranks the positive above the negative item")
+    contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item")
+
+
+@dataclass(frozen=True)
+class Train:
+    """DeepSpeed training."""
+
+    epochs: int = _opt(20, "passes over the training targets")
+    max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide")
+    global_batch: int = _opt(256, "targets per optimizer step, over all ranks")
+    micro_batch: int = _opt(0, "targets per forward pass of a rank; 0: the rank's whole share")
+    lr: float = _opt(1e-3, "peak AdamW learning rate")
+    weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings")
+    warmup: float = _opt(0.05, "share of the steps with a rising learning rate; then it falls linearly to 0")
+    clip: float = _opt(1.0, "gradient norm, at most")
+    zero_stage: int = _opt(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
+    precision: str = _opt("auto", "'auto': bf16 on GPUs that have it, else fp32", ("auto", "fp32", "bf16"))
+    streams: int = _opt(8, "independent data streams; the number of ranks must divide it")
+    workers: int = _opt(0, "loader processes per rank")
+    log_every: int = _opt(20, "steps between two lines of progress and metrics")
+    save_every: int = _opt(500, "steps between two checkpoints; every epoch ends with one as well")
+    resume: bool = _opt(True, "go on from <work>/checkpoints; false: delete it and start over")
+    patience: int = _opt(0, "stop after so many epochs without a lower valid loss; 0: never")
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Decoding and metrics."""
+
+    split: str = _opt("test", "users and targets to score", ("valid", "test"))
+    cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of Recall@k and NDCG@k")
+    beams: int = _opt(100, "beam width")
+    batch: int = _opt(256, "users decoded at once by a rank")
+    mask_seen: bool = _opt(True, "items of a user's history are never recommended")
+    baselines: tuple[str, ...] = _opt(
+        ("popularity", "item_knn", "lightgcn"), "rankings reported beside ColaRec: popularity, item_knn, lightgcn"
+    )
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """MLflow."""
+
+    uri: str = _opt("sqlite:///runs/mlflow.db", "MLflow tracking URI: sqlite:///path or http(s)://server")
+    experiment: str = _opt("colarec", "MLflow experiment")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str = _opt("", "name of the experiment; empty: the name of the config file")
+    work: str = _opt("", "folder of its artifacts; empty: runs/<name>")
+    seed: int = _opt(1, "seed of every random choice")
+    data: Data = field(default_factory=Data)
+    etl: Etl = field(default_factory=Etl)
+    cf: Cf = field(default_factory=Cf)
+    gid: Gid = field(default_factory=Gid)
+    history: History = field(default_factory=History)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    @property
+    def work_dir(self) -> Path:
+        return Path(self.work).absolute()
+
+
+def fields(cls=Config, prefix: str = ""):
+    """Yields (dotted key, type, dataclass field) of every setting."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from fields(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", hints[f.name], f
+
+
+def flatten(config: Config) -> dict:
+    """{dotted key: value} of every setting, in the order of the definition."""
+    flat = {}
+    for key, _, _ in fields():
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        flat[key] = value
+    return flat
+
+
+def section(config: Config, *names: str) -> dict:
+    """The JSON-ready settings of the named sections, {dotted key: value}."""
+    flat = flatten(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if k.split(".")[0] in names}
+
+
+def load(path: str, overrides: dict[str, str] | None = None) -> Config:
+    """Reads a TOML file and applies `{dotted key: text}` from the command line.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown key, wrong type, value out of its choices or out of range.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"config {path} does not exist; configs/ holds those that come with the project")
+    try:
+        tables = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path} is not valid TOML: {error}") from None
+    values = {"name": file.stem, **_flatten_toml(tables)}
+    types_ = {key: (type_, f) for key, type_, f in fields()}
+    for key in [*values, *(overrides or {})]:
+        if key not in types_:
+            near = difflib.get_close_matches(key, types_, n=1, cutoff=0)[0]
+            raise ValueError(f"unknown setting '{key}' in {path} or on the command line; did you mean '{near}'?")
+    values = {key: _checked(key, value, *types_[key]) for key, value in values.items()}
+    for key, text in (overrides or {}).items():
+        values[key] = _checked(key, _parsed(key, text, types_[key][0]), *types_[key])
+    values["work"] = values.get("work") or f"runs/{values['name']}"
+    config = _build(Config, values)
+    _check(config)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The resolved config as a TOML file that `load` reads."""
+    lines, table = [], ""
+    for key, value in flatten(config).items():
+        head, _, name = key.rpartition(".")
+        if head != table:
+            lines += ["", f"[{head}]"]
+            table = head
+        lines.append(f"{name} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(v) for v in value) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
+
+
+def _flatten_toml(tables: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            flat |= _flatten_toml(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _parsed(key: str, text: str, type_):
+    """A command-line text as a value of the type; tuples are separated by commas."""
+    if isinstance(type_, types.GenericAlias):
+        element = typing.get_args(type_)[0]
+        return tuple(_parsed(key, part.strip(), element) for part in text.split(",") if part.strip())
+    if type_ is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{key}={text}: must be true or false")
+        return text.lower() == "true"
+    try:
+        return type_(text)
+    except ValueError:
+        raise ValueError(f"{key}={text}: must be of type {type_.__name__}") from None
+
+
+def _checked(key: str, value, type_, f):
+    if isinstance(type_, types.GenericAlias):
+        element = typing.get_args(type_)[0]
+        if not isinstance(value, (list, tuple)) or not all(type(v) is element for v in value):
+            raise ValueError(f"{key} = {value!r}: must be a list of {element.__name__}")
+        return tuple(value)
+    if type_ is float and type(value) is int:
+        value = float(value)
+    if type(value) is not type_:
+        raise ValueError(f"{key} = {value!r}: must be of type {type_.__name__}")
+    choices = f.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{key} = {value!r}: must be one of {', '.join(repr(c) for c in choices)}")
+    return value
+
+
+def _build(cls, values: dict, prefix: str = ""):
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for f in dataclasses.fields(cls):
+        key = prefix + f.name
+        if dataclasses.is_dataclass(hints[f.name]):
+            arguments[f.name] = _build(hints[f.name], values, key + ".")
+        elif key in values:
+            arguments[f.name] = values[key]
+    return cls(**arguments)
+
+
+_POSITIVE = (
+    "etl.max_user_events etl.vocab_size etl.max_item_tokens etl.max_users_per_item etl.num_shards cf.dim cf.lr "
+    "cf.batch cf.max_epochs cf.eval_every cf.patience gid.slack history.train_items history.eval_items "
+    "history.max_tokens model.d_model model.d_ff model.d_kv model.num_heads model.num_encoder_layers "
+    "model.num_decoder_layers train.epochs train.global_batch train.lr train.clip train.streams train.log_every "
+    "train.save_every eval.beams eval.batch"
+).split()
+_NON_NEGATIVE = (
+    "seed etl.min_user etl.min_item cf.num_layers cf.l2 gid.length history.user_slots loss.rec loss.index loss.bpr "
+    "loss.contrastive train.max_steps train.micro_batch train.weight_decay train.workers train.patience"
+).split()
+
+
+def _check(config: Config) -> None:
+    """What types and choices do not say. Raises ValueError."""
+    flat = flatten(config)
+    for key in _POSITIVE:
+        if not flat[key] > 0:
+            raise ValueError(f"{key} = {flat[key]}: must be greater than 0")
+    for key in _NON_NEGATIVE:
+        if not flat[key] >= 0:
+            raise ValueError(f"{key} = {flat[key]}: must be 0 or more")
+    for key, low, high in [
+        ("etl.max_bad_share", 0, 1),
+        ("gid.headroom", 0.01, 1),
+        ("model.dropout", 0, 0.99),
+        ("train.warmup", 0, 1),
+    ]:
+        if not low <= flat[key] <= high:
+            raise ValueError(f"{key} = {flat[key]}: must be between {low} and {high}")
+    if config.gid.branching < 2:
+        raise ValueError(f"gid.branching = {config.gid.branching}: a tree needs at least 2")
+    if not config.eval.cutoffs or min(config.eval.cutoffs) < 1:
+        raise ValueError(f"eval.cutoffs = {list(config.eval.cutoffs)}: give at least one, all of them 1 or more")
+    if max(config.eval.cutoffs) > config.eval.beams:
+        raise ValueError(f"eval.beams = {config.eval.beams}: must be at least the largest of eval.cutoffs")
+    if config.etl.repeats == "keep" and config.eval.mask_seen:
+        raise ValueError("etl.repeats = 'keep' makes seen items targets: set eval.mask_seen = false as well")
+    if not any((config.loss.rec, config.loss.index, config.loss.bpr, config.loss.contrastive)):
+        raise ValueError("all weights of [loss] are 0: nothing would be learned")

@@ -1,0 +1,162 @@
+"""Tables of corpus/ and gid/, and the readers that the later rooms share.
+
+Dense ids start at 1; index 0 of every table of embeddings is padding. Dense ids are assigned in the order of
+a keyed hash of the raw id, so that neither popularity nor the order of the input can be read from them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+
+# Content token ids: the special tokens of T5; the pieces follow.
+PAD, EOS, UNK = 0, 1, 2
+
+TRAIN, VALID, TEST = 0, 1, 2
+SPLITS = ("train", "valid", "test")
+
+# Time of an event that the input gives none for (given splits often name valid and test pairs only).
+NO_TIME = -1
+
+ITEMS = pa.schema(
+    [
+        ("item_idx", pa.int32()),  # 1..I
+        ("item_id", pa.string()),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),  # content tokens, without eos, at most etl.max_item_tokens
+        ("num_train", pa.int64()),  # train interactions
+        ("first_ts", pa.int64()),  # ms; NO_TIME when unknown
+    ]
+)
+USERS = pa.schema([("user_idx", pa.int64()), ("user_id", pa.string())])  # 1..U
+INTERACTIONS = pa.schema(
+    [
+        ("user_idx", pa.int64()),
+        ("item_idx", pa.int32()),
+        ("ts", pa.int64()),  # ms, or the position when data.time_unit = 'order'
+        ("event", pa.int8()),  # 0 unknown, else 1 + position in the manifest's "events"
+        ("split", pa.int8()),  # TRAIN, VALID, TEST
+    ]
+)
+ITEM_USERS = pa.schema([("item_idx", pa.int32()), ("user_idxs", pa.list_(pa.int64()))])  # train split only
+# One user in a shard's Arrow batch, events in time order. `is_target` marks what is to be predicted: in train
+# shards every event, in valid and test shards those of that split, which come last. What is not a target in a valid
+# or test shard is the history there.
+SEQUENCES = pa.schema(
+    [
+        ("user_idx", pa.int64()),
+        ("item_idx", pa.list_(pa.int32())),
+        ("ts", pa.list_(pa.int64())),
+        ("event", pa.list_(pa.int8())),
+        ("is_target", pa.list_(pa.bool_())),
+    ]
+)
+GIDS = pa.schema([("item_idx", pa.int32()), ("gid", pa.list_(pa.int16()))])  # l codes in 0..K-1
+
+# A tar member of a shard: an Arrow IPC stream of at most so many users.
+USERS_PER_MEMBER = 1024
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths: row i is values[offsets[i]:offsets[i + 1]]."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, i: int) -> np.ndarray:
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+
+def ragged(column: pa.ListArray | pa.ChunkedArray) -> Ragged:
+    """A list column without nulls as a Ragged, without a copy where Arrow allows it."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+        column = column if not isinstance(column, pa.ChunkedArray) else column.chunk(0)
+    offsets = column.offsets.to_numpy()
+    # flatten() honours a slice; the offsets of a slice do not start at 0
+    return Ragged(column.flatten().to_numpy(zero_copy_only=False), offsets - offsets[0])
+
+
+def read_table(path: Path, schema: pa.Schema, sort_by: str | None = None) -> pa.Table:
+    """A Parquet file or folder as a table of exactly this schema. Raises ValueError when it differs."""
+    table = pads.dataset(path, format="parquet").to_table()
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+    table = table.select(schema.names).cast(schema)
+    return table.sort_by(sort_by) if sort_by else table
+
+
+def with_padding_row(rows: Ragged) -> Ragged:
+    """Puts an empty row 0 before rows 1..n, so that a dense id is the row number."""
+    return Ragged(rows.values, np.concatenate([[0], rows.offsets]))
+
+
+@dataclass(frozen=True)
+class Items:
+    """items.parquet in memory, indexed by item_idx (entry 0 is padding)."""
+
+    item_ids: list[str]
+    tokens: Ragged  # int32 content token ids
+    num_train: np.ndarray  # int64 (I + 1,)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.num_train) - 1
+
+
+def read_items(corpus: Path) -> Items:
+    table = read_table(corpus / "items.parquet", ITEMS, sort_by="item_idx")
+    _check_dense(table["item_idx"].to_numpy(), corpus / "items.parquet")
+    return Items(
+        ["", *table["item_id"].to_pylist()],
+        with_padding_row(ragged(table["token_ids"])),
+        np.concatenate([[0], table["num_train"].to_numpy()]),
+    )
+
+
+def read_item_users(corpus: Path, num_items: int) -> Ragged:
+    """Row item_idx: user_idx of sampled train users; items without any have an empty row."""
+    table = read_table(corpus / "item_users.parquet", ITEM_USERS, sort_by="item_idx")
+    users, lengths = ragged(table["user_idxs"]), np.zeros(num_items + 1, np.int64)
+    lengths[table["item_idx"].to_numpy()] = users.lengths
+    return Ragged(users.values, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def read_interactions(corpus: Path, split: int) -> tuple[np.ndarray, np.ndarray]:
+    """(user_idx int64, item_idx int32) of a split, duplicates removed, sorted by both."""
+    dataset = pads.dataset(corpus / "interactions", format="parquet")
+    table = dataset.to_table(columns=["user_idx", "item_idx"], filter=pads.field("split") == split)
+    pairs = (
+        table.group_by(["user_idx", "item_idx"])
+        .aggregate([])
+        .sort_by([("user_idx", "ascending"), ("item_idx", "ascending")])
+    )
+    return pairs["user_idx"].to_numpy(), pairs["item_idx"].to_numpy()
+
+
+def read_gids(gid: Path) -> np.ndarray:
+    """int64 (I + 1, l); row 0 is zeros (padding)."""
+    table = read_table(gid / "gids.parquet", GIDS, sort_by="item_idx")
+    _check_dense(table["item_idx"].to_numpy(), gid / "gids.parquet")
+    codes = ragged(table["gid"])
+    length = int(codes.lengths[0])
+    if (codes.lengths != length).any():
+        raise ValueError(f"{gid / 'gids.parquet'} holds GIDs of different lengths; run again: python gid/build.py")
+    rows = codes.values.reshape(-1, length).astype(np.int64)
+    return np.concatenate([np.zeros((1, length), np.int64), rows])
+
+
+def _check_dense(idx: np.ndarray, path: Path) -> None:
+    if not np.array_equal(idx, np.arange(1, len(idx) + 1)):
+        raise ValueError(f"{path}: item_idx is not 1..{len(idx)}, each once; run the stage that wrote it again")

@@ -1,0 +1,1 @@
+"""Collaborative embeddings and the tree of GIDs."""

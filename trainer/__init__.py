@@ -1,0 +1,1 @@
+"""The ColaRec model and its training under DeepSpeed."""
