@@ -6,6 +6,7 @@ Every field carries its documentation, which `--help` prints. What can be derive
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-def _opt(default, doc: str, choices: tuple = ()):
-    return field(default=default, metadata={"doc": doc, "choices": choices})
+def _opt(default, doc: str, choices: tuple = (), low: float | None = None, high: float | None = None):
+    """A setting: its default, one line of documentation, and what it may be (bounds included)."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -50,34 +52,34 @@ class Etl:
         "strongest event type; 'keep' keeps them all (then eval.mask_seen must be false)",
         ("first", "keep"),
     )
-    min_user: int = _opt(5, "k-core: events a user must have; 0: no limit")
-    min_item: int = _opt(5, "k-core: events an item must have; 0: keep the whole catalog, cold items too")
-    max_user_events: int = _opt(1000, "keep only the latest events of a user, at most so many")
-    max_bad_share: float = _opt(0.01, "stop when a larger share of the rows is unusable")
+    min_user: int = _opt(5, "k-core: events a user must have; 0: no limit", low=0)
+    min_item: int = _opt(5, "k-core: events an item must have; 0: keep the whole catalog, cold items too", low=0)
+    max_user_events: int = _opt(1000, "keep only the latest events of a user, at most so many", low=1)
+    max_bad_share: float = _opt(0.01, "stop when a larger share of the rows is unusable", low=0, high=1)
     split: str = _opt(
         "leave_one_out",
         "'leave_one_out': a user's last item is test, the one before valid; 'given': as the input says",
         ("leave_one_out", "given"),
     )
     valid_in_history: bool = _opt(True, "valid items are part of the history (and of the seen items) at test time")
-    vocab_size: int = _opt(8000, "SentencePiece vocabulary, pieces; reduced when the text does not hold so many")
-    max_item_tokens: int = _opt(30, "content tokens kept of an item")
-    max_users_per_item: int = _opt(64, "train users sampled per item for the user slots")
-    num_shards: int = _opt(16, "WebDataset shards per split")
+    vocab_size: int = _opt(8000, "SentencePiece vocabulary, pieces; reduced when the text does not hold so many", low=1)
+    max_item_tokens: int = _opt(30, "content tokens kept of an item", low=1)
+    max_users_per_item: int = _opt(64, "train users sampled per item for the user slots", low=1)
+    num_shards: int = _opt(16, "WebDataset shards per split", low=1)
 
 
 @dataclass(frozen=True)
 class Cf:
     """LightGCN, the collaborative embeddings."""
 
-    dim: int = _opt(64, "embedding size")
-    num_layers: int = _opt(3, "propagation layers")
-    lr: float = _opt(5e-3, "Adam learning rate")
-    l2: float = _opt(1e-4, "L2 weight of the layer-0 embeddings of a batch")
-    batch: int = _opt(8192, "interactions per step")
-    max_epochs: int = _opt(200, "epochs at most")
-    eval_every: int = _opt(5, "epochs between two measurements of valid Recall@20")
-    patience: int = _opt(5, "stop after so many measurements without a better valid Recall@20")
+    dim: int = _opt(64, "embedding size", low=1)
+    num_layers: int = _opt(3, "propagation layers", low=0)
+    lr: float = _opt(5e-3, "Adam learning rate", low=1e-9)
+    l2: float = _opt(1e-4, "L2 weight of the layer-0 embeddings of a batch", low=0)
+    batch: int = _opt(8192, "interactions per step", low=1)
+    max_epochs: int = _opt(200, "epochs at most", low=1)
+    eval_every: int = _opt(5, "epochs between two measurements of valid Recall@20", low=1)
+    patience: int = _opt(5, "stop after so many measurements without a better valid Recall@20", low=1)
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,12 @@ class Gid:
         "'collaborative': balanced hierarchical k-means of the CF embeddings (the paper); 'random': no meaning",
         ("collaborative", "random"),
     )
-    branching: int = _opt(32, "K, children of a node and codes per level")
-    length: int = _opt(0, "l, tokens of a GID; 0: the least l with K^l >= items * slack")
-    slack: float = _opt(1.25, "room for growth when l is derived, times the number of items")
-    headroom: float = _opt(0.75, "inner clusters are filled to at most this share of K^(l-t) when that is feasible")
+    branching: int = _opt(32, "K, children of a node and codes per level", low=2, high=32767)
+    length: int = _opt(0, "l, tokens of a GID; 0: the least l with K^l >= items * slack", low=0)
+    slack: float = _opt(1.25, "room for growth when l is derived, times the number of items", low=1)
+    headroom: float = _opt(
+        0.75, "inner clusters are filled to at most this share of K^(l-t) when that is feasible", low=0.01, high=1
+    )
 
 
 @dataclass(frozen=True)
@@ -111,23 +115,23 @@ class History:
         "'tokens': every content token is a position (the paper)",
         ("pooled", "tokens"),
     )
-    train_items: int = _opt(20, "history items at training, at most")
-    eval_items: int = _opt(20, "history items at evaluation, at most")
-    max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')")
-    user_slots: int = _opt(4, "users sampled into X_i, the encoder input of an item; 0: none")
+    train_items: int = _opt(20, "history items at training, at most", low=1)
+    eval_items: int = _opt(20, "history items at evaluation, at most", low=1)
+    max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')", low=1)
+    user_slots: int = _opt(4, "users sampled into X_i, the encoder input of an item; 0: none", low=0)
 
 
 @dataclass(frozen=True)
 class Model:
     """T5 encoder-decoder."""
 
-    d_model: int = _opt(128, "width")
-    d_ff: int = _opt(512, "width of the feed-forward layers")
-    d_kv: int = _opt(32, "width of a head")
-    num_heads: int = _opt(4, "attention heads")
-    num_encoder_layers: int = _opt(2, "encoder layers")
-    num_decoder_layers: int = _opt(2, "decoder layers")
-    dropout: float = _opt(0.1, "dropout rate")
+    d_model: int = _opt(128, "width", low=1)
+    d_ff: int = _opt(512, "width of the feed-forward layers", low=1)
+    d_kv: int = _opt(32, "width of a head", low=1)
+    num_heads: int = _opt(4, "attention heads", low=1)
+    num_encoder_layers: int = _opt(2, "encoder layers", low=1)
+    num_decoder_layers: int = _opt(2, "decoder layers", low=1)
+    dropout: float = _opt(0.1, "dropout rate", low=0, high=0.99)
     tie_codebooks: bool = _opt(True, "heads are the levels' input codebooks (the paper's equation) or apart (its code)")
     item_init: str = _opt(
         "cf",
@@ -140,32 +144,34 @@ class Model:
 class Loss:
     """Weights of the losses; 0 switches one off and saves its forward passes."""
 
-    rec: float = _opt(1.0, "cross-entropy of the target's GID given the user")
-    index: float = _opt(1.0, "cross-entropy of an item's GID given the item, for positive and negative item")
-    bpr: float = _opt(1.0, "the user ranks the positive above the negative item")
-    contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item")
+    rec: float = _opt(1.0, "cross-entropy of the target's GID given the user", low=0)
+    index: float = _opt(1.0, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
+    bpr: float = _opt(1.0, "the user ranks the positive above the negative item", low=0)
+    contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
 
 
 @dataclass(frozen=True)
 class Train:
     """DeepSpeed training."""
 
-    epochs: int = _opt(20, "passes over the training targets")
-    max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide")
-    global_batch: int = _opt(256, "targets per optimizer step, over all ranks")
-    micro_batch: int = _opt(0, "targets per forward pass of a rank; 0: the rank's whole share")
-    lr: float = _opt(1e-3, "peak AdamW learning rate")
-    weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings")
-    warmup: float = _opt(0.05, "share of the steps with a rising learning rate; then it falls linearly to 0")
-    clip: float = _opt(1.0, "gradient norm, at most")
+    epochs: int = _opt(20, "passes over the training targets", low=1)
+    max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
+    global_batch: int = _opt(256, "targets per optimizer step, over all ranks", low=1)
+    micro_batch: int = _opt(0, "targets per forward pass of a rank, of like length to pad little; 0: the rank's whole share", low=0)
+    lr: float = _opt(1e-3, "peak AdamW learning rate", low=1e-9)
+    weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)
+    warmup: float = _opt(
+        0.05, "share of the steps with a rising learning rate; then it falls linearly to 0", low=0, high=1
+    )
+    clip: float = _opt(1.0, "gradient norm, at most", low=1e-9)
     zero_stage: int = _opt(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
     precision: str = _opt("auto", "'auto': bf16 on GPUs that have it, else fp32", ("auto", "fp32", "bf16"))
-    streams: int = _opt(8, "independent data streams; the number of ranks must divide it")
-    workers: int = _opt(0, "loader processes per rank")
-    log_every: int = _opt(20, "steps between two lines of progress and metrics")
-    save_every: int = _opt(500, "steps between two checkpoints; every epoch ends with one as well")
+    streams: int = _opt(8, "independent data streams; the number of ranks must divide it", low=1)
+    workers: int = _opt(0, "loader processes per rank", low=0)
+    log_every: int = _opt(20, "steps between two lines of progress and metrics", low=1)
+    save_every: int = _opt(500, "steps between two checkpoints; every epoch ends with one as well", low=1)
     resume: bool = _opt(True, "go on from <work>/checkpoints; false: delete it and start over")
-    patience: int = _opt(0, "stop after so many epochs without a lower valid loss; 0: never")
+    patience: int = _opt(0, "stop after so many epochs without a lower valid loss; 0: never", low=0)
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,8 @@ class Eval:
 
     split: str = _opt("test", "users and targets to score", ("valid", "test"))
     cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of Recall@k and NDCG@k")
-    beams: int = _opt(100, "beam width")
-    batch: int = _opt(256, "users decoded at once by a rank")
+    beams: int = _opt(100, "beam width", low=1)
+    batch: int = _opt(256, "users decoded at once by a rank", low=1)
     mask_seen: bool = _opt(True, "items of a user's history are never recommended")
     baselines: tuple[str, ...] = _opt(
         ("popularity", "item_knn", "lightgcn"), "rankings reported beside ColaRec: popularity, item_knn, lightgcn"
@@ -196,7 +202,7 @@ class Config:
 
     name: str = _opt("", "name of the experiment; empty: the name of the config file")
     work: str = _opt("", "folder of its artifacts; empty: runs/<name>")
-    seed: int = _opt(1, "seed of every random choice")
+    seed: int = _opt(1, "seed of every random choice", low=0)
     data: Data = field(default_factory=Data)
     etl: Etl = field(default_factory=Etl)
     cf: Cf = field(default_factory=Cf)
@@ -329,6 +335,9 @@ def _checked(key: str, value, type_, f):
     choices = f.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{key} = {value!r}: must be one of {', '.join(repr(c) for c in choices)}")
+    low, high = f.metadata["low"], f.metadata["high"]
+    if low is not None and not low <= value <= (math.inf if high is None else high):
+        raise ValueError(f"{key} = {value}: must be {low} or more" + (f", at most {high}" if high is not None else ""))
     return value
 
 
@@ -344,38 +353,8 @@ def _build(cls, values: dict, prefix: str = ""):
     return cls(**arguments)
 
 
-_POSITIVE = (
-    "etl.max_user_events etl.vocab_size etl.max_item_tokens etl.max_users_per_item etl.num_shards cf.dim cf.lr "
-    "cf.batch cf.max_epochs cf.eval_every cf.patience gid.slack history.train_items history.eval_items "
-    "history.max_tokens model.d_model model.d_ff model.d_kv model.num_heads model.num_encoder_layers "
-    "model.num_decoder_layers train.epochs train.global_batch train.lr train.clip train.streams train.log_every "
-    "train.save_every eval.beams eval.batch"
-).split()
-_NON_NEGATIVE = (
-    "seed etl.min_user etl.min_item cf.num_layers cf.l2 gid.length history.user_slots loss.rec loss.index loss.bpr "
-    "loss.contrastive train.max_steps train.micro_batch train.weight_decay train.workers train.patience"
-).split()
-
-
 def _check(config: Config) -> None:
-    """What types and choices do not say. Raises ValueError."""
-    flat = flatten(config)
-    for key in _POSITIVE:
-        if not flat[key] > 0:
-            raise ValueError(f"{key} = {flat[key]}: must be greater than 0")
-    for key in _NON_NEGATIVE:
-        if not flat[key] >= 0:
-            raise ValueError(f"{key} = {flat[key]}: must be 0 or more")
-    for key, low, high in [
-        ("etl.max_bad_share", 0, 1),
-        ("gid.headroom", 0.01, 1),
-        ("model.dropout", 0, 0.99),
-        ("train.warmup", 0, 1),
-    ]:
-        if not low <= flat[key] <= high:
-            raise ValueError(f"{key} = {flat[key]}: must be between {low} and {high}")
-    if config.gid.branching < 2:
-        raise ValueError(f"gid.branching = {config.gid.branching}: a tree needs at least 2")
+    """What concerns several settings at once. Raises ValueError."""
     if not config.eval.cutoffs or min(config.eval.cutoffs) < 1:
         raise ValueError(f"eval.cutoffs = {list(config.eval.cutoffs)}: give at least one, all of them 1 or more")
     if max(config.eval.cutoffs) > config.eval.beams:

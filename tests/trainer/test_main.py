@@ -1,0 +1,148 @@
+"""The trainer as its users call it, on the tiny corpus."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import mlflow
+import pytest
+import safetensors.torch
+import torch
+
+from contract.config import to_toml
+from tests import tiny
+
+ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A work folder with corpus/ and gid/, and its config file."""
+    config = tiny.tiny_config(tmp_path / "work", train__log_every="1", model__dropout="0.1")
+    tiny.write_corpus(config)
+    tiny.write_gids(config)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    return tmp_path / "run.toml"
+
+
+def command(work, *overrides, ranks=1):
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        "29518",
+    ]
+    start = launcher if ranks > 1 else [sys.executable, "-u"]
+    return [*start, "trainer/main.py", "--config", str(work), *overrides]
+
+
+def train(work, *overrides, ranks=1):
+    done = subprocess.run(command(work, *overrides, ranks=ranks), env=ENV, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+def weights(work):
+    return safetensors.torch.load_file(work.parent / "work" / "model" / "model.safetensors")
+
+
+def losses(output):
+    return [float(x) for x in re.findall(r" loss (\d+\.\d+)  \d+ samples/s", output)]
+
+
+def test_resume_after_a_kill_equals_the_unbroken_run(work):
+    code, output = train(work, "--train.save_every=4")
+    assert code == 0, output
+    assert len(losses(output)) == 22
+    unbroken = weights(work)
+
+    process = subprocess.Popen(
+        command(work, "--train.save_every=4"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if "step 7/22" in line:
+            process.kill()
+    process.wait()
+    first = work.parent / "work" / "model"
+    assert json.loads((first / "manifest.json").read_text())["counts"]["step"] == 22  # the finished model stands
+
+    # Other settings must not go on with it.
+    code, refused = train(work, "--train.lr=0.5")
+    assert code == 2
+    assert "train.lr = 0.001" in refused
+
+    code, resumed = train(work, "--train.save_every=4")
+    assert code == 0, resumed
+    assert "goes on from step 4" in resumed
+    assert losses(resumed) == losses(output)[4:]
+    for name, value in weights(work).items():
+        assert torch.equal(value, unbroken[name]), name
+    client = mlflow.MlflowClient(f"sqlite:///{work.parent / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("colarec").experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED"]  # the killed one was gone on with
+    assert not (work.parent / "work" / "checkpoints").exists()
+
+
+def test_sigterm_saves_and_says_how_to_go_on(work):
+    process = subprocess.Popen(command(work), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "step 3/22" in line:
+            process.send_signal(signal.SIGTERM)
+    output = "".join(lines)
+    assert process.wait() == 130, output
+    stopped = int(re.search(r"stopped at step (\d+); the same command goes on", output)[1])
+    assert not (work.parent / "work" / "model").exists()
+    code, resumed = train(work)
+    assert code == 0
+    assert f"goes on from step {stopped}" in resumed
+
+
+def test_two_ranks_and_zero_stages_give_the_loss_of_one(work):
+    one = losses(train(work, "--model.dropout=0")[1])
+    code, output = train(work, "--model.dropout=0", "--train.zero_stage=2", "--train.micro_batch=4", ranks=2)
+    assert code == 0, output
+    assert len(one) == 22
+    # Accumulated and reduced in another order; 22 AdamW steps in float32.
+    assert losses(output) == pytest.approx(one, abs=2e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_shard(work):
+    code, output = train(work, "--train.lr=1e30", "--train.clip=1e30")
+    assert code == 2
+    assert re.search(r"error: the loss is (nan|inf) at step \d+ on rank 0, shard train-0", output)
+    assert not (work.parent / "work" / "model").exists()
+
+
+def test_a_second_run_on_the_same_folder_is_refused(work):
+    process = subprocess.Popen(command(work, "--train.epochs=200"), env=ENV, stdout=subprocess.PIPE, text=True)
+    try:
+        next(line for line in process.stdout if "step 1/" in line)
+        code, output = train(work)
+        assert code == 2
+        assert f"another run is writing {work.parent / 'work' / 'model'} (pid {process.pid}" in output
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_stage_before_the_one_it_needs_names_the_command(work, tmp_path):
+    code, output = train(work, f"--work={tmp_path / 'empty'}")
+    assert code == 2
+    assert "run first: spark-submit etl/build.py" in output
+    assert "Traceback" not in output
+
+
+def test_it_learns_what_follows_what(work):
+    """After item i comes i + 1 (mostly): far below chance is reached only by reading the latest item."""
+    code, output = train(work, "--train.epochs=40", "--train.lr=1e-2", "--train.log_every=1000")
+    assert code == 0
+    valid = [float(x) for x in re.findall(r"valid loss (\d+\.\d+)", output)]
+    assert valid[0] == pytest.approx(1.386, abs=0.05)
+    assert min(valid) < 0.75

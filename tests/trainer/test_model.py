@@ -1,0 +1,128 @@
+import math
+
+import pytest
+import torch
+
+from contract.artifacts import open_artifact
+from tests import tiny
+from trainer import loader
+from trainer import model as model_module
+from trainer.inputs import read_catalog
+
+
+@pytest.fixture
+def room(tmp_path):
+    """A function (**overrides) -> (config, model in eval mode, first batch)."""
+
+    def make(**overrides):
+        config = tiny.tiny_config(tmp_path / "work", **overrides)
+        tiny.write_corpus(config)
+        tiny.write_gids(config)
+        corpus = open_artifact(config, "corpus")
+        catalog = read_catalog(corpus, open_artifact(config, "gid"))
+        torch.manual_seed(0)
+        model = model_module.ColaRec(config, model_module.sizes(config, catalog)).eval()
+        shards = loader.shard_paths(corpus, "train")
+        batch = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(3), 10)))
+        return config, model, batch
+
+    return make
+
+
+def rows_of(inputs, row):
+    """One row of encoder inputs without padding, as a batch of one."""
+    length = int(inputs["mask"][row].sum())
+    alone = {k: v[row : row + 1, :length] for k, v in inputs.items() if v.ndim == 2 and k != "gid"}
+    alone["eos"] = inputs["eos"][row : row + 1]
+    if "content_tokens" in inputs:
+        alone |= {k: inputs[k] for k in ("content_tokens", "content_offsets")}
+    return alone
+
+
+def log_p(model, states, gid):
+    """log p(z_t | X, z_<t) of each level, the decoder run anew for every prefix, straight from the equation."""
+    result = []
+    for t in range(len(gid)):
+        embeds = [model.start_D, *(model.codebook_TKD[s, gid[s]] for s in range(t))]
+        outputs = model.decoder(inputs_embeds=torch.stack(embeds)[None], encoder_hidden_states=states)
+        d = outputs.last_hidden_state[0, -1]
+        scores = [d @ model.codebook_TKD[t, k] / math.sqrt(len(d)) for k in range(model.codebook_TKD.shape[1])]
+        result.append(torch.log_softmax(torch.stack(scores), 0)[gid[t]])
+    return result
+
+
+@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+@torch.no_grad()
+def test_losses_are_those_of_the_equations(room, encoding):
+    config, model, batch = room(history__encoding=encoding)
+    losses = model(batch)
+    size = len(batch["gid"])
+
+    def state(inputs, row):
+        alone = rows_of(inputs, row)
+        return model.encoder(inputs_embeds=model.embed(alone)).last_hidden_state
+
+    item = [state(batch["item"], r) for r in range(len(batch["item"]["eos"]))]
+    h = [s[0, -1] for s in item]
+    scale = config.model.d_model**-0.5
+    expected = dict.fromkeys(("rec", "index", "bpr", "contrastive"), 0.0)
+    for row in range(size):
+        user = state(batch["user"], row)
+        positive, negative, sibling = (int(batch[n][row]) for n in ("positive", "negative", "sibling"))
+        expected["rec"] -= sum(log_p(model, user, batch["gid"][row].tolist())) / 3 / size
+        for i in (positive, negative):
+            expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist())) / 3 / size
+        expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) / size
+        if batch["has_sibling"][row]:
+            expected["contrastive"] -= torch.log(torch.sigmoid(scale * h[positive] @ (h[sibling] - h[negative]))) / size
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(float(value), rel=1e-4), name
+    weighted = losses["rec"] + losses["index"] + losses["bpr"] + 0.1 * losses["contrastive"]
+    assert losses["loss"].item() == pytest.approx(weighted.item(), rel=1e-5)
+
+
+def test_pooled_content_is_the_mean_of_the_token_embeddings(room):
+    _, model, batch = room()
+    x = model.embed(batch["user"])
+    row, column = torch.nonzero(batch["user"]["content_row"])[5]
+    bag = batch["user"]["content_row"][row, column] - 1
+    offsets = [*batch["user"]["content_offsets"].tolist(), len(batch["user"]["content_tokens"])]
+    tokens = batch["user"]["content_tokens"][offsets[bag] : offsets[bag + 1]]
+    others = [getattr(model, n)(batch["user"][n][row, column]) for n in ("item", "event", "recency", "gap")]
+    assert torch.allclose(x[row, column], model.token.weight[tokens].mean(0) + sum(others), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("off", "left"),
+    [
+        ("rec", {"index", "bpr", "contrastive"}),
+        ("index", {"rec", "bpr", "contrastive"}),
+        ("bpr", {"rec", "index", "contrastive"}),
+        ("contrastive", {"rec", "index", "bpr"}),
+    ],
+)
+def test_each_loss_can_be_switched_off(room, off, left):
+    _, model, batch = room(**{f"loss__{off}": "0"})
+    assert set(model(batch)) == left | {"loss"}
+
+
+def test_without_item_losses_no_item_is_encoded(room):
+    _, model, batch = room(loss__index="0", loss__bpr="0", loss__contrastive="0")
+    assert "item" not in batch
+    assert set(model(batch)) == {"rec", "loss"}
+
+
+def test_every_weight_learns(room):
+    _, model, batch = room(model__tie_codebooks="false")
+    model(batch)["loss"].backward()
+    silent = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert silent == set()
+
+
+def test_item_init_keeps_inner_products_up_to_a_factor(room):
+    _, model, _ = room()
+    embeddings = torch.randn(41, 8)
+    model_module.init_items(model, embeddings, seed=1)
+    before, after = embeddings[1:] @ embeddings[1:].T, model.item.weight[1:] @ model.item.weight[1:].T
+    assert torch.allclose(after / after.norm(), before / before.norm(), atol=1e-5)
+    assert model.item.weight[0].abs().sum() == 0

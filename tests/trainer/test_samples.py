@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+
+from contract.artifacts import open_artifact
+from tests import tiny
+from trainer import samples
+from trainer.inputs import read_catalog
+
+
+@pytest.fixture
+def room(tmp_path):
+    """(config, catalog, block of the first train shard, its users' sequences)."""
+
+    def make(**overrides):
+        config = tiny.tiny_config(tmp_path / "work", **overrides)
+        users = tiny.write_corpus(config)
+        tiny.write_gids(config)
+        catalog = read_catalog(open_artifact(config, "corpus"), open_artifact(config, "gid"))
+        block = samples.read_shard(config.work_dir / "corpus" / "train-00000.tar")
+        return config, catalog, block, {int(u): users[u - 1][:-2].tolist() for u in block.user_idx}
+
+    return make
+
+
+def test_time_history_is_what_came_before(room):
+    config, catalog, block, users = room()
+    targets = samples.train_targets(config, block)
+    assert len(targets) == sum(len(s) - 1 for s in users.values())
+    history = samples.train_histories(config, catalog, block, targets, np.random.default_rng(0))
+    sequences = list(users.values())
+    k = 0
+    for sequence in sequences:
+        for position in range(1, len(sequence)):
+            expected = sequence[max(0, position - 5) : position]
+            assert history.item_idx[k][: len(expected)].tolist() == expected
+            assert history.item_idx[k][len(expected) :].sum() == 0
+            assert history.recency[k][: len(expected)].tolist() == list(range(len(expected), 0, -1))
+            # events are an hour apart: log2(1 + 3600 h) for the h-th hour before the latest
+            hours = np.arange(len(expected) - 1, -1, -1)
+            assert history.gap[k][: len(expected)].tolist() == (1 + np.log2(1 + 3600 * hours).astype(int)).tolist()
+            assert history.event[k][: len(expected)].tolist() == [1 + i % 2 for i in expected]
+            k += 1
+    assert k == len(targets)
+
+
+def test_set_history_is_everything_but_the_target(room):
+    config, catalog, block, users = room(history__order="set", history__train_items="20")
+    targets = samples.train_targets(config, block)
+    rng = np.random.default_rng(0)
+    history = samples.train_histories(config, catalog, block, targets, rng)
+    k, orders = 0, set()
+    for sequence in users.values():
+        for target in sequence if len(sequence) > 1 else []:
+            row = [i for i in history.item_idx[k].tolist() if i]
+            assert sorted(row) == sorted(i for i in sequence if i != target)
+            orders.add(tuple(row) == tuple(i for i in sequence if i != target))
+            k += 1
+    assert k == len(targets)
+    assert orders == {True, False}  # shuffled
+    assert history.recency.sum() == history.gap.sum() == history.event.sum() == 0
+
+
+def test_eval_history_ends_before_the_targets(room):
+    config, catalog, _, _ = room()
+    block = samples.read_shard(config.work_dir / "corpus" / "test-00001.tar")
+    history = samples.eval_histories(config, catalog, block, np.random.default_rng(0))
+    for row in range(len(block.user_idx)):
+        sequence = block.item_idx.row(row)
+        expected = sequence[:-1][-5:].tolist()
+        assert [i for i in history.item_idx[row].tolist() if i] == expected
+
+
+def test_negatives_are_of_another_prefix_and_unknown_to_the_user(room):
+    config, catalog, block, users = room()
+    targets = samples.train_targets(config, block)
+    drawn = set()
+    for seed in range(20):
+        negatives = samples.draw_negatives(catalog, block, targets, np.random.default_rng(seed))
+        for target, negative in zip(targets, negatives, strict=True):
+            user = int(block.user_idx[block.row[target]])
+            positive = block.item_idx.values[target]
+            assert negative not in users[user]
+            assert catalog.gids[negative][:-1].tolist() != catalog.gids[positive][:-1].tolist()
+        drawn |= set(negatives.tolist())
+    assert drawn == set(range(1, 41))
+
+
+def test_siblings_share_the_prefix(room):
+    _, catalog, _, _ = room()
+    items = np.arange(1, 41)
+    seen = {int(i): set() for i in items}
+    for seed in range(60):
+        siblings = samples.draw_siblings(catalog, items, np.random.default_rng(seed))
+        for item, sibling in zip(items, siblings, strict=True):
+            seen[int(item)].add(int(sibling))
+    for item, siblings in seen.items():
+        prefix = catalog.gids[item][:-1].tolist()
+        expected = {i for i in range(1, 41) if catalog.gids[i][:-1].tolist() == prefix and i != item}
+        assert siblings == (expected or {0})
+
+
+def test_damaged_shard_is_named(room):
+    config, *_ = room()
+    shard = config.work_dir / "corpus" / "train-00000.tar"
+    content = bytearray(shard.read_bytes())
+    content[512:1024] = b"x" * 512
+    shard.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"train-00000\.tar cannot be read"):
+        samples.read_shard(shard)

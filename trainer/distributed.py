@@ -1,0 +1,98 @@
+"""Ranks, devices, and the DeepSpeed settings that follow from the config."""
+
+import contextlib
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger as deepspeed_logger
+
+from contract.config import Config
+from trainer.loader import micro_batch
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[tuple[int, int, torch.device]]:
+    """Joins the ranks that the launcher started; without a launcher this process is the only one.
+
+    Yields (rank, world_size, device). NCCL where there are GPUs, gloo otherwise.
+    """
+    deepspeed_logger.setLevel("WARNING")
+    # DeepSpeed calls collectives that torch has renamed; its users can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        # The shared-memory kernels are compiled at first use (minutes) and leave segments behind; gloo does.
+        os.environ.pop("LOCAL_SIZE", None)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend="gloo" if accelerator.device_name() == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
+    )
+    try:
+        yield dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name())
+    finally:
+        dist.destroy_process_group()
+
+
+def uses_bf16(config: Config, device: torch.device) -> bool:
+    if config.train.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return config.train.precision == "bf16"
+
+
+def deepspeed_config(config: Config, world_size: int, bf16: bool) -> dict:
+    train = config.train
+    if bf16 and train.zero_stage == 0:
+        raise ValueError("train.precision bf16 needs train.zero_stage 1 or more: stage 0 keeps no fp32 weights")
+    micro = micro_batch(config, world_size)
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": train.global_batch // world_size // micro,
+        "gradient_clipping": train.clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+    }
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay for the matrices of the layers, none for norms, embeddings and codebooks."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    ids = {id(p) for p in decayed}
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def initialize(config: Config, model: torch.nn.Module, world_size: int, device: torch.device):
+    """The DeepSpeed engine. AdamW is torch's: DeepSpeed's own is compiled at first use."""
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.train.weight_decay), lr=config.train.lr, fused=device.type == "cuda"
+    )
+    settings = deepspeed_config(config, world_size, uses_bf16(config, device))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def full_weights(engine) -> dict[str, torch.Tensor]:
+    """On rank 0 the whole state dict on the CPU, gathered from the ranks under ZeRO 3; {} elsewhere."""
+    partitioned = engine.zero_optimization_stage() == 3
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=partitioned):
+        if dist.get_rank() > 0:
+            return {}
+        return {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}

@@ -1,0 +1,191 @@
+"""Encoder inputs X_u and X_i as arrays of ids, built by vectorised lookups; nothing is tokenised here.
+
+An encoder position holds any of: a token (task, content or eos), an atomic item, an atomic user, and the time
+features of an item. Every one has its own id array (B, L), 0 for none; the model adds the embeddings up.
+
+    X_u = [task_u, c_1 .. c_n, eos]          c_i = [item slot, content tokens]
+    X_i = [task_i, c_i, user slots, eos]
+
+With encoding 'pooled' c_i is the item slot alone, and the mean of its content tokens is added there.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from contract import schema
+from contract.artifacts import Artifact
+from contract.config import Config
+from contract.schema import Ragged
+from gid.tree import GidTree
+
+NUM_GAP_BUCKETS = 32
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What is looked up by item_idx (row 0 is padding), and the sizes that the model derives from the artifacts."""
+
+    tokens: Ragged  # content token ids of an item
+    users: Ragged  # sampled train users of an item
+    gids: np.ndarray  # int64 (I + 1, l)
+    group: np.ndarray  # int64 (I + 1,): row of `siblings`
+    siblings: Ragged  # items that share an l-1 prefix
+    vocab_size: int  # content tokens; the task tokens follow
+    num_users: int
+    num_events: int  # event types; ids 1..num_events
+    has_time: bool  # timestamps are dates, so that gaps between them mean something
+
+    @property
+    def num_items(self) -> int:
+        return len(self.gids) - 1
+
+    @property
+    def task_user(self) -> int:
+        return self.vocab_size
+
+    @property
+    def task_item(self) -> int:
+        return self.vocab_size + 1
+
+
+def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
+    items = schema.read_items(corpus.path)
+    gids = schema.read_gids(gid.path)
+    if len(gids) != items.num_items + 1:
+        raise ValueError(f"{gid.path} has {len(gids) - 1} GIDs for {items.num_items} items; run: python gid/build.py")
+    tree = GidTree(gids)
+    return Catalog(
+        tokens=items.tokens,
+        users=schema.read_item_users(corpus.path, items.num_items),
+        gids=gids,
+        group=tree.group,
+        siblings=tree.siblings(),
+        vocab_size=corpus.counts["vocab_size"],
+        num_users=corpus.counts["num_users"],
+        num_events=len(corpus.manifest["events"]),
+        has_time=corpus.manifest["time_unit"] != "order",
+    )
+
+
+@dataclass(frozen=True)
+class History:
+    """The items that the encoder sees of B users, oldest first, left-aligned in n columns; 0 pads."""
+
+    item_idx: np.ndarray  # int64 (B, n)
+    event: np.ndarray  # int64 (B, n)
+    recency: np.ndarray  # int64 (B, n): 1 for the latest item, 2 for the one before ...; 0 without order
+    gap: np.ndarray  # int64 (B, n): see gap_bucket; 0 without time
+
+
+def gap_bucket(milliseconds: np.ndarray) -> np.ndarray:
+    """log2 of the seconds between an event and the user's latest one, as 1..NUM_GAP_BUCKETS - 1.
+
+    Measured from the latest event of the history and not from the target, whose time must not be known.
+    """
+    return 1 + np.minimum(np.log2(1 + np.maximum(milliseconds, 0) / 1000), NUM_GAP_BUCKETS - 2).astype(np.int64)
+
+
+def user_inputs(config: Config, catalog: Catalog, history: History) -> dict[str, np.ndarray]:
+    """X_u of B users; see `_assemble` for the arrays."""
+    features = {"event": history.event, "recency": history.recency, "gap": history.gap}
+    return _assemble(config, catalog, catalog.task_user, history.item_idx, features)
+
+
+def item_inputs(config: Config, catalog: Catalog, item_idx: np.ndarray, key: int) -> dict[str, np.ndarray]:
+    """X_i of items (B,). The users in its slots depend on (key, item) alone, not on the batch around it."""
+    lengths = catalog.users.lengths[item_idx]
+    num_slots = np.minimum(lengths, config.history.user_slots)
+    start = (_mix(item_idx.astype(np.uint64), key) % np.maximum(lengths, 1).astype(np.uint64)).astype(np.int64)
+    column = np.arange(config.history.user_slots)
+    # A circular window into a row whose order is random already: distinct users, no sort.
+    position = catalog.users.offsets[item_idx][:, None] + (start[:, None] + column) % np.maximum(lengths, 1)[:, None]
+    filled = column < num_slots[:, None]
+    slots = np.zeros((len(item_idx), config.history.user_slots), np.int64)
+    slots[filled] = catalog.users.values[position[filled]]
+    return _assemble(config, catalog, catalog.task_item, item_idx[:, None].astype(np.int64), {}, slots)
+
+
+def _assemble(
+    config: Config,
+    catalog: Catalog,
+    task: int,
+    item_idx: np.ndarray,
+    features: dict[str, np.ndarray],
+    user_slots: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Lays out [task, c_1 .. c_n, user slots, eos].
+
+    Args:
+        item_idx: int64 (B, n), left-aligned; 0 pads.
+        features: int64 (B, n) each, put at the item slots.
+        user_slots: int64 (B, m), left-aligned; 0 pads.
+
+    Returns:
+        mask: bool (B, L); eos: int64 (B,), its position; int64 (B, L) each of token, item, user and the features.
+        With encoding 'pooled' also content_tokens (T,) and content_offsets (R,), the bags of the distinct items,
+        and content_row (B, L), 1 + the bag of a position.
+
+    When the content does not fit history.max_tokens, the oldest items are left out.
+    """
+    pooled = config.history.encoding == "pooled"
+    batch, _ = item_idx.shape
+    num_users = (user_slots > 0).sum(1) if user_slots is not None else np.zeros(batch, np.int64)
+    # Lengths of the segments c_i; an item slot plus, unless pooled, its content tokens.
+    lengths = (item_idx > 0).astype(np.int64)
+    if not pooled:
+        lengths += np.where(item_idx > 0, catalog.tokens.lengths[item_idx], 0)
+        room = config.history.max_tokens - 2 - num_users[:, None]
+        lengths[np.cumsum(lengths[:, ::-1], 1)[:, ::-1] > room] = 0
+    start = 1 + np.cumsum(lengths, 1) - lengths
+    end = 1 + lengths.sum(1)
+    eos = end + num_users
+    width = int(eos.max()) + 1
+
+    arrays = {name: np.zeros((batch, width), np.int64) for name in ("token", "item", "user", "event", "recency", "gap")}
+    arrays["token"][:, 0] = task
+    arrays["token"][np.arange(batch), eos] = schema.EOS
+    row, column = np.nonzero(lengths)
+    slot = start[row, column]
+    arrays["item"][row, slot] = item_idx[row, column]
+    for name, values in features.items():
+        arrays[name][row, slot] = values[row, column]
+    if user_slots is not None:
+        user_row, user_column = np.nonzero(user_slots)
+        arrays["user"][user_row, end[user_row] + user_column] = user_slots[user_row, user_column]
+    if pooled:
+        items, bag = np.unique(item_idx[row, column], return_inverse=True)
+        arrays["content_row"] = np.zeros((batch, width), np.int64)
+        arrays["content_row"][row, slot] = 1 + bag
+        counts = catalog.tokens.lengths[items]
+        arrays["content_tokens"] = _gather(catalog.tokens, items).astype(np.int64)
+        arrays["content_offsets"] = np.cumsum(counts) - counts
+    else:
+        items = item_idx[row, column]
+        counts = catalog.tokens.lengths[items]
+        position = np.repeat(slot + 1, counts) + ragged_arange(counts)
+        arrays["token"][np.repeat(row, counts), position] = _gather(catalog.tokens, items)
+    arrays["mask"] = np.arange(width) <= eos[:, None]
+    arrays["eos"] = eos
+    return arrays
+
+
+def ragged_arange(lengths: np.ndarray) -> np.ndarray:
+    """0..lengths[0]-1, 0..lengths[1]-1, ... as one int64 array."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+def _gather(rows: Ragged, index: np.ndarray) -> np.ndarray:
+    """The values of rows `index`, one after another."""
+    lengths = rows.lengths[index]
+    return rows.values[np.repeat(rows.offsets[index], lengths) + ragged_arange(lengths)]
+
+
+def _mix(values: np.ndarray, key: int) -> np.ndarray:
+    """splitmix64 finaliser of uint64 values under a key: a fixed hash, so that a draw needs no generator state."""
+    with np.errstate(over="ignore"):
+        z = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))

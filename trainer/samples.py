@@ -1,0 +1,162 @@
+"""Samples from shards: blocks of user sequences, what is visible of a user at a target, and negatives."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import webdataset as wds
+
+from contract import schema
+from contract.config import Config
+from contract.schema import Ragged
+from trainer.inputs import Catalog, History, gap_bucket
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sequences of some users, events in time order; rows of one Ragged index are events."""
+
+    user_idx: np.ndarray  # int64 (N,)
+    item_idx: Ragged  # int32
+    ts: np.ndarray  # int64, ms
+    event: np.ndarray  # int8
+    is_target: np.ndarray  # bool
+    shard: str  # for messages
+
+    @property
+    def row(self) -> np.ndarray:
+        """int64: the user row of every event."""
+        return np.repeat(np.arange(len(self.user_idx)), self.item_idx.lengths)
+
+
+def read_shard(shard: Path) -> Block:
+    """All users of a shard. Raises ValueError when it cannot be read as one."""
+    pipeline = wds.DataPipeline(wds.SimpleShardList([str(shard)]), wds.tarfile_to_samples())
+    try:
+        tables = [pa.ipc.open_stream(member["arrow"]).read_all().cast(schema.SEQUENCES) for member in pipeline]
+        table = pa.concat_tables(tables).combine_chunks()
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise ValueError(f"shard {shard} cannot be read: {error}; run again: spark-submit etl/build.py") from error
+    return Block(
+        table["user_idx"].to_numpy(),
+        schema.ragged(table["item_idx"]),
+        schema.ragged(table["ts"]).values,
+        schema.ragged(table["event"]).values,
+        schema.ragged(table["is_target"]).values,
+        shard.name,
+    )
+
+
+def train_targets(config: Config, block: Block) -> np.ndarray:
+    """int64 (T,): events that can be predicted from at least one other item of their user.
+
+    In order 'time' these are all but a user's first; in order 'set' all, for users with two events and more.
+    """
+    lengths = block.item_idx.lengths
+    if config.history.order == "time":
+        eligible = np.arange(len(block.item_idx.values)) > np.repeat(block.item_idx.offsets[:-1], lengths)
+    else:
+        eligible = np.repeat(lengths > 1, lengths)
+    return np.nonzero(eligible)[0]
+
+
+def train_histories(
+    config: Config, catalog: Catalog, block: Block, targets: np.ndarray, rng: np.random.Generator
+) -> History:
+    """What is visible of the user at each target event (T,): never the target; in order 'time' only earlier events."""
+    row = np.searchsorted(block.item_idx.offsets, targets, side="right") - 1
+    begin, end = block.item_idx.offsets[row], block.item_idx.offsets[row + 1]
+    if config.history.order == "time":
+        return _window(catalog, block, begin, targets, config.history.train_items)
+    return _sample(catalog, block, begin, end, targets, config.history.train_items, rng)
+
+
+def eval_histories(config: Config, catalog: Catalog, block: Block, rng: np.random.Generator) -> History:
+    """What is visible of every user (N,) of a valid or test block: the events before its targets."""
+    begin = block.item_idx.offsets[:-1]
+    num_targets = np.bincount(block.row, weights=block.is_target, minlength=len(block.user_idx)).astype(np.int64)
+    end = block.item_idx.offsets[1:] - num_targets
+    if config.history.order == "time":
+        return _window(catalog, block, begin, end, config.history.eval_items)
+    nothing = np.full(len(begin), -1)
+    return _sample(catalog, block, begin, end, nothing, config.history.eval_items, rng)
+
+
+def _window(catalog: Catalog, block: Block, begin: np.ndarray, end: np.ndarray, num_items: int) -> History:
+    """The latest `num_items` events of [begin, end), with their time features."""
+    length = np.minimum(end - begin, num_items)[:, None]
+    column = np.arange(num_items)
+    filled = column < length
+    event = np.where(filled, end[:, None] - length + column, 0)
+    history = _lookup(block, event, filled)
+    if not catalog.has_time:
+        gap = np.zeros_like(history.gap)
+    else:
+        ts = block.ts[event]
+        latest = block.ts[np.maximum(end - 1, 0)][:, None]
+        known = filled & (ts != schema.NO_TIME) & (latest != schema.NO_TIME)
+        gap = np.where(known, gap_bucket(latest - ts), 0)
+    return replace(history, recency=np.where(filled, length - column, 0), gap=gap)
+
+
+def _sample(
+    catalog: Catalog,
+    block: Block,
+    begin: np.ndarray,
+    end: np.ndarray,
+    left_out: np.ndarray,
+    num_items: int,
+    rng: np.random.Generator,
+) -> History:
+    """`num_items` events of [begin, end) without `left_out`, without order (the paper's histories)."""
+    width = max(int((end - begin).max(initial=0)), num_items)
+    event = begin[:, None] + np.arange(width)
+    allowed = (event < end[:, None]) & (event != left_out[:, None])
+    # Equal items of a user are one item: none may tell what the target is.
+    safe = np.where(allowed, event, 0)
+    target_item = block.item_idx.values[np.maximum(left_out, 0)]
+    allowed &= (block.item_idx.values[safe] != target_item[:, None]) | (left_out[:, None] < 0)
+    order = np.argsort(np.where(allowed, rng.random(event.shape), 2.0), axis=1)[:, :num_items]
+    filled = np.take_along_axis(allowed, order, 1)
+    history = _lookup(block, np.where(filled, np.take_along_axis(event, order, 1), 0), filled)
+    return replace(history, event=np.zeros_like(history.event))
+
+
+def _lookup(block: Block, event: np.ndarray, filled: np.ndarray) -> History:
+    zeros = np.zeros(event.shape, np.int64)
+    return History(
+        np.where(filled, block.item_idx.values[event], 0).astype(np.int64),
+        np.where(filled, block.event[event], 0).astype(np.int64),
+        zeros,
+        zeros,
+    )
+
+
+def draw_negatives(catalog: Catalog, block: Block, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64 (T,): for each target event a uniform item that its user has not in this block and whose l-1 prefix is
+    another one. Where a user leaves no such item within 50 draws, the last draw stands."""
+    stride = catalog.num_items + 1
+    owned = np.sort(block.row * stride + block.item_idx.values)
+    row = np.searchsorted(block.item_idx.offsets, targets, side="right") - 1
+    group = catalog.group[block.item_idx.values[targets]]
+    negatives = rng.integers(1, stride, len(targets))
+    redraw = np.arange(len(targets))
+    for _ in range(50):
+        key = row[redraw] * stride + negatives[redraw]
+        found = owned[np.minimum(np.searchsorted(owned, key), len(owned) - 1)] == key
+        redraw = redraw[found | (catalog.group[negatives[redraw]] == group[redraw])]
+        if not len(redraw):
+            break
+        negatives[redraw] = rng.integers(1, stride, len(redraw))
+    return negatives
+
+
+def draw_siblings(catalog: Catalog, item_idx: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64: for each item another one of the same l-1 prefix, i+ of the contrastive loss; 0 where there is none."""
+    begin, size = catalog.siblings.offsets[catalog.group[item_idx]], catalog.siblings.lengths[catalog.group[item_idx]]
+    choice = (rng.random(len(item_idx)) * np.maximum(size - 1, 1)).astype(np.int64)
+    sibling = catalog.siblings.values[begin + choice]
+    # Drawn from all but the last; where the draw is the item itself, the last stands in for it: uniform over the rest.
+    sibling = np.where(sibling == item_idx, catalog.siblings.values[begin + size - 1], sibling)
+    return np.where(size > 1, sibling, 0).astype(np.int64)
