@@ -157,7 +157,9 @@ class Train:
     epochs: int = _opt(20, "passes over the training targets", low=1)
     max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
     global_batch: int = _opt(256, "targets per optimizer step, over all ranks", low=1)
-    micro_batch: int = _opt(0, "targets per forward pass of a rank, of like length to pad little; 0: the rank's whole share", low=0)
+    micro_batch: int = _opt(
+        0, "targets per forward pass of a rank, of like length to pad little; 0: the rank's whole share", low=0
+    )
     lr: float = _opt(1e-3, "peak AdamW learning rate", low=1e-9)
     weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)
     warmup: float = _opt(

@@ -92,6 +92,7 @@ def _start(config: Config, stage: str, run_id: str):
         ]
         client.log_batch(run.info.run_id, params=params[:100], tags=tags)
         client.log_batch(run.info.run_id, params=params[100:])
+        client.log_text(run.info.run_id, config_module.to_toml(config), "config.toml")
         return client, run.info.run_id
     except Exception as error:  # each store raises its own kinds
         raise ConnectionError(

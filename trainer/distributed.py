@@ -38,13 +38,14 @@ def process_group() -> Iterator[tuple[int, int, torch.device]]:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        dist_backend="gloo" if accelerator.device_name() == "cpu" else "nccl", auto_mpi_discovery=False, verbose=False
-    )
+    joined_before = dist.is_initialized()  # then the group is the caller's to leave
+    backend = "gloo" if accelerator.device_name() == "cpu" else "nccl"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     try:
         yield dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name())
     finally:
-        dist.destroy_process_group()
+        if not joined_before:
+            dist.destroy_process_group()
 
 
 def uses_bf16(config: Config, device: torch.device) -> bool:

@@ -12,10 +12,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from contract import cli
 from contract.config import to_toml
 from tests import tiny
+from trainer.distributed import process_group
+from trainer.main import main
 
-ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
+ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -42,9 +45,35 @@ def command(work, *overrides, ranks=1):
     return [*start, "trainer/main.py", "--config", str(work), *overrides]
 
 
-def train(work, *overrides, ranks=1):
-    done = subprocess.run(command(work, *overrides, ranks=ranks), env=ENV, capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def group():
+    """One process group for the runs within this process: DeepSpeed remembers the first."""
+    before = dict(os.environ)
+    with process_group():
+        yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def train(group, capfd, monkeypatch):
+    """A function (work, *overrides) -> (exit status, output): a run of one rank within this process."""
+
+    def run(work, *overrides):
+        monkeypatch.setattr(sys, "argv", ["main.py", "--config", str(work), *overrides])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            cli.run(main)
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        output, errors = capfd.readouterr()
+        return code, output + errors
+
+    return run
 
 
 def weights(work):
@@ -55,7 +84,7 @@ def losses(output):
     return [float(x) for x in re.findall(r" loss (\d+\.\d+)  \d+ samples/s", output)]
 
 
-def test_resume_after_a_kill_equals_the_unbroken_run(work):
+def test_resume_after_a_kill_equals_the_unbroken_run(work, train):
     code, output = train(work, "--train.save_every=4")
     assert code == 0, output
     assert len(losses(output)) == 22
@@ -88,7 +117,7 @@ def test_resume_after_a_kill_equals_the_unbroken_run(work):
     assert not (work.parent / "work" / "checkpoints").exists()
 
 
-def test_sigterm_saves_and_says_how_to_go_on(work):
+def test_sigterm_saves_and_says_how_to_go_on(work, train):
     process = subprocess.Popen(command(work), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = []
     for line in process.stdout:
@@ -104,23 +133,33 @@ def test_sigterm_saves_and_says_how_to_go_on(work):
     assert f"goes on from step {stopped}" in resumed
 
 
-def test_two_ranks_and_zero_stages_give_the_loss_of_one(work):
+def test_two_ranks_and_accumulation_give_the_losses_of_one_rank(work, train):
     one = losses(train(work, "--model.dropout=0")[1])
-    code, output = train(work, "--model.dropout=0", "--train.zero_stage=2", "--train.micro_batch=4", ranks=2)
-    assert code == 0, output
     assert len(one) == 22
+    words = command(work, "--model.dropout=0", "--train.zero_stage=2", "--train.micro_batch=4", ranks=2)
+    two = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=240)
+    assert two.returncode == 0, two.stderr
     # Accumulated and reduced in another order; 22 AdamW steps in float32.
-    assert losses(output) == pytest.approx(one, abs=2e-4)
+    assert losses(two.stdout) == pytest.approx(one, abs=2e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_shard(work):
+@pytest.mark.parametrize("stage", [0, 3])
+def test_zero_stages_give_the_same_losses(work, train, stage):
+    expected = losses(train(work, "--train.max_steps=6")[1])
+    assert len(expected) == 6
+    code, output = train(work, "--train.max_steps=6", f"--train.zero_stage={stage}")
+    assert code == 0, output
+    assert losses(output) == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_shard(work, train):
     code, output = train(work, "--train.lr=1e30", "--train.clip=1e30")
     assert code == 2
     assert re.search(r"error: the loss is (nan|inf) at step \d+ on rank 0, shard train-0", output)
     assert not (work.parent / "work" / "model").exists()
 
 
-def test_a_second_run_on_the_same_folder_is_refused(work):
+def test_a_second_run_on_the_same_folder_is_refused(work, train):
     process = subprocess.Popen(command(work, "--train.epochs=200"), env=ENV, stdout=subprocess.PIPE, text=True)
     try:
         next(line for line in process.stdout if "step 1/" in line)
@@ -132,14 +171,14 @@ def test_a_second_run_on_the_same_folder_is_refused(work):
         process.wait()
 
 
-def test_a_stage_before_the_one_it_needs_names_the_command(work, tmp_path):
+def test_a_stage_before_the_one_it_needs_names_the_command(work, train, tmp_path):
     code, output = train(work, f"--work={tmp_path / 'empty'}")
     assert code == 2
     assert "run first: spark-submit etl/build.py" in output
     assert "Traceback" not in output
 
 
-def test_it_learns_what_follows_what(work):
+def test_it_learns_what_follows_what(work, train):
     """After item i comes i + 1 (mostly): far below chance is reached only by reading the latest item."""
     code, output = train(work, "--train.epochs=40", "--train.lr=1e-2", "--train.log_every=1000")
     assert code == 0

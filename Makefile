@@ -1,0 +1,53 @@
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo run phone beauty mlflow test lint clean
+
+BIN := .venv/bin
+
+# The launcher takes every GPU. Without one, two ranks of one thread each. A port of its own lets two runs share a machine.
+RANKS ?= 2
+DEEPSPEED := $(BIN)/deepspeed --log_level error --master_port $$((20000 + RANDOM % 10000))
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU),0)
+  DEEPSPEED := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(DEEPSPEED) --num_accelerators $(RANKS)
+endif
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.complete  ## create .venv (PYTHON=, EXTRAS=: see setup.sh); the other targets do it when needed
+
+.venv/.complete: pyproject.toml constraints.txt setup.sh etl/setup_spark.py
+	@./setup.sh
+
+demo: setup  ## the whole pipeline on generated data, in some minutes
+	$(BIN)/python etl/generate.py data/demo --force
+	@$(MAKE) --no-print-directory run CONFIG=configs/demo.toml
+
+run: setup  ## the four stages: make run CONFIG=configs/phone.toml ARGS="--train.epochs=1"
+	@[ "$(CONFIG)" ] || { echo "error: say which experiment: make run CONFIG=configs/phone.toml" >&2; exit 2; }
+	$(BIN)/spark-submit etl/build.py --config $(CONFIG) $(ARGS)
+	$(BIN)/python gid/build.py --config $(CONFIG) $(ARGS)
+	$(DEEPSPEED) trainer/main.py --config $(CONFIG) $(ARGS)
+	$(DEEPSPEED) eval/main.py --config $(CONFIG) $(ARGS)
+	@echo "Compare runs in MLflow: make mlflow, then open http://127.0.0.1:5000"
+
+phone:  ## Amazon Cell Phones, see configs/phone.toml
+	@$(MAKE) --no-print-directory run CONFIG=configs/phone.toml
+
+beauty:  ## Amazon Beauty, see configs/beauty.toml
+	@$(MAKE) --no-print-directory run CONFIG=configs/beauty.toml
+
+mlflow: setup  ## MLflow on the runs of this machine, at http://127.0.0.1:5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --workers 1
+
+test: setup  ## the tests that need no GPU and no SLURM, in some three minutes
+	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu" $(ARGS)
+
+lint: setup  ## the linter and the formatter's check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove the demo's data and run, and caches; other runs and .venv stay
+	rm -rf data/demo runs/demo spark-warehouse metastore_db .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

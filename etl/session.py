@@ -1,0 +1,51 @@
+"""The Spark session: our defaults where spark-submit --conf says nothing, our code on the executors."""
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyspark.sql import SparkSession
+
+from contract import schema
+
+
+@contextlib.contextmanager
+def spark_session(name: str) -> Iterator[SparkSession]:
+    """A session that is stopped at the end, whatever happens."""
+    # Executors run the driver's interpreter; by its bare name they would find the system's.
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    spark = SparkSession.builder.appName(name).config("spark.log.level", "ERROR").getOrCreate()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _set_defaults(spark)
+            spark.sparkContext.addPyFile(_zip_code(Path(folder)))
+            yield spark
+    finally:
+        spark.stop()
+
+
+def _set_defaults(spark: SparkSession) -> None:
+    given = spark.sparkContext.getConf()
+    defaults = {
+        # Adaptive execution merges partitions that turn out small; on a large cluster this is the number to raise.
+        "spark.sql.shuffle.partitions": 2 * spark.sparkContext.defaultParallelism,
+        "spark.sql.session.timeZone": "UTC",
+        # Python sees about a shard member's users, or so many items, at once.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": schema.USERS_PER_MEMBER,
+        "spark.sql.autoBroadcastJoinThreshold": "64m",
+    }
+    for key, value in defaults.items():
+        if not given.contains(key):
+            spark.conf.set(key, value)
+
+
+def _zip_code(folder: Path) -> str:
+    """A zip of the packages that executors import; they do not see a wheel."""
+    root = Path(__file__).parents[1]
+    for package in ("contract", "etl"):
+        shutil.copytree(root / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return shutil.make_archive(str(folder / "colarec_etl"), "zip", folder / "code")

@@ -1,0 +1,66 @@
+"""The users that an evaluation scores: what is known of them, and what they chose next."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from contract.artifacts import Artifact
+from contract.schema import Ragged
+from trainer.loader import shard_paths
+from trainer.samples import read_shard
+
+
+@dataclass(frozen=True)
+class EvalUsers:
+    """N users, in ascending order of user_idx."""
+
+    user_idx: np.ndarray  # int64 (N,)
+    history: Ragged  # int32 item_idx, in time order; the seen items
+    targets: Ragged  # int32 item_idx, at least one per user
+
+    def __len__(self) -> int:
+        return len(self.user_idx)
+
+    def take(self, rows: np.ndarray) -> "EvalUsers":
+        """The users of these rows (ascending), for example a rank's share: `np.arange(rank, len(users), world)`."""
+        return EvalUsers(self.user_idx[rows], take(self.history, rows), take(self.targets, rows))
+
+
+def read_eval_users(corpus: Artifact, split: str) -> EvalUsers:
+    """Reads all shards of the split, 'valid' or 'test'.
+
+    At test time the history holds the valid items when etl.valid_in_history is set: the shards are written so.
+
+    Raises:
+        ValueError: the split has no users, a user occurs twice, or a shard cannot be read.
+    """
+    blocks = [read_shard(path) for path in shard_paths(corpus, split)]
+    if not blocks:
+        raise ValueError(f"{corpus.path} has no {split} users: all items of all users are in other splits")
+    user_idx = np.concatenate([block.user_idx for block in blocks])
+    lengths = np.concatenate([block.item_idx.lengths for block in blocks])
+    items = Ragged(np.concatenate([block.item_idx.values for block in blocks]), offsets(lengths))
+    is_target = np.concatenate([block.is_target for block in blocks])
+    rows = np.argsort(user_idx)
+    users = EvalUsers(user_idx, _select(items, ~is_target), _select(items, is_target)).take(rows)
+    if (np.diff(users.user_idx) == 0).any():
+        raise ValueError(f"{corpus.path}: a user is twice in the {split} shards; run again: spark-submit etl/build.py")
+    return users
+
+
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    """int64 (N + 1,): where the rows of these lengths begin, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def take(rows: Ragged, selected: np.ndarray) -> Ragged:
+    """The selected rows, in that order."""
+    lengths = rows.lengths[selected]
+    begin = offsets(lengths)
+    source = np.repeat(rows.offsets[selected] - begin[:-1], lengths) + np.arange(begin[-1])
+    return Ragged(rows.values[source], begin)
+
+
+def _select(rows: Ragged, keep: np.ndarray) -> Ragged:
+    """The values where `keep` is true, in the same rows."""
+    return Ragged(rows.values[keep], offsets(keep)[rows.offsets])

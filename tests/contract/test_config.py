@@ -1,0 +1,137 @@
+"""Precedence, checking and round trip of the configuration, and the command line on top of it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from contract import cli, config
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(folder: Path, text: str) -> str:
+    file = folder / "small.toml"
+    file.write_text(text)
+    return str(file)
+
+
+def test_command_line_over_file_over_default(tmp_path):
+    file = write(tmp_path, "seed = 5\n[train]\nlr = 0.25\nepochs = 7\n")
+    loaded = config.load(file, {"train.lr": "0.5"})
+    assert (loaded.train.lr, loaded.train.epochs, loaded.seed) == (0.5, 7, 5)
+    assert loaded.train.clip == config.Train().clip
+
+
+def test_name_and_work_follow_the_file(tmp_path):
+    loaded = config.load(write(tmp_path, ""))
+    assert (loaded.name, loaded.work) == ("small", "runs/small")
+    assert config.load(write(tmp_path, ""), {"name": "other"}).work == "runs/other"
+    assert config.load(write(tmp_path, "work = 'elsewhere'"), {"name": "other"}).work == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("[train]\nlearning = 1", {}, "unknown setting 'train.learning'"),
+        ("[train]\nepoch = 1", {}, "did you mean 'train.epochs'"),
+        ("", {"train.lrr": "1"}, "did you mean 'train.lr'"),
+        ("[train]\nepochs = 'many'", {}, "train.epochs = 'many': must be of type int"),
+        ("[train]\nepochs = 1.5", {}, "train.epochs = 1.5: must be of type int"),
+        ("[train]\nepochs = true", {}, "must be of type int"),
+        ("[train]\nepochs = 0", {}, "train.epochs = 0: must be 1 or more"),
+        ("[train]\nlr = nan", {}, "train.lr = nan"),
+        ("[model]\ndropout = 1.5", {}, "model.dropout = 1.5"),
+        ("[gid]\nmethod = 'magic'", {}, "gid.method = 'magic': must be one of 'collaborative', 'random'"),
+        ("[eval]\ncutoffs = 5", {}, "eval.cutoffs = 5: must be a list of int"),
+        ("[eval]\ncutoffs = [5, 'x']", {}, "must be a list of int"),
+        ("[eval]\ncutoffs = [5, 500]", {}, "eval.beams = 100"),
+        ("", {"eval.cutoffs": ""}, "give at least one"),
+        ("", {"eval.cutoffs": "5,x"}, "eval.cutoffs=x: must be of type int"),
+        ("", {"eval.mask_seen": "maybe"}, "eval.mask_seen=maybe: must be true or false"),
+        ("[etl]\nrepeats = 'keep'", {}, "set eval.mask_seen = false"),
+        ("[loss]\nrec = 0\nindex = 0\nbpr = 0\ncontrastive = 0", {}, "nothing would be learned"),
+        ("train = 3", {}, "unknown setting 'train'"),
+        ("[train\n", {}, "is not valid TOML"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, text, overrides, message):
+    with pytest.raises(ValueError) as caught:
+        config.load(write(tmp_path, text), overrides)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"no/such\.toml"):
+        config.load("no/such.toml")
+
+
+def test_overrides_take_the_type_of_their_setting(tmp_path):
+    overrides = {"eval.cutoffs": "1, 3", "eval.mask_seen": "False", "train.lr": "1", "data.items": "a.csv,b.csv"}
+    loaded = config.load(write(tmp_path, ""), overrides)
+    assert loaded.eval.cutoffs == (1, 3)
+    assert loaded.eval.mask_seen is False
+    assert type(loaded.train.lr) is float
+    assert loaded.data.items == ("a.csv", "b.csv")
+
+
+def test_a_written_config_loads_as_itself(tmp_path):
+    overrides = {"train.lr": "1e-05", "data.path": 'a "b" \\c', "data.items": "x,y", "eval.cutoffs": "1", "seed": "3"}
+    first = config.load(write(tmp_path, ""), overrides)
+    written = tmp_path / "written.toml"
+    written.write_text(config.to_toml(first))
+    assert config.load(str(written)) == first
+
+
+def test_a_section_is_json_ready_and_complete(tmp_path):
+    section = config.section(config.load(write(tmp_path, "")), "eval", "seed")
+    assert section["seed"] == 1
+    assert section["eval.cutoffs"] == [5, 10, 20]
+    assert set(section) == {"seed"} | {f"eval.{f.name}" for f in dataclasses.fields(config.Eval)}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.stem)
+def test_configs_of_the_project_load(file):
+    assert config.load(str(file)).name == file.stem
+
+
+def test_help_shows_every_setting_with_its_documentation(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(["--help"], "What this is.")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "What this is." in shown
+    for key, _, field in config.fields():
+        assert f"--{key} " in shown
+        assert " ".join(field.metadata["doc"].split()) in shown
+
+
+def test_the_command_line_takes_whole_names_only(tmp_path):
+    file = write(tmp_path, "")
+    parsed, dry_run = cli.parse(["--config", file, "--train.lr=0.5", "--train.epochs", "3", "--local_rank=1"], "")
+    assert (parsed.train.lr, parsed.train.epochs, dry_run) == (0.5, 3, False)
+    assert cli.parse(["--config", file, "--dry-run"], "")[1] is True
+    with pytest.raises(ValueError, match="did you mean 'train"):
+        cli.parse(["--config", file, "--train.l=0.5"], "")
+    with pytest.raises(SystemExit):
+        cli.parse(["--config", file, "stray"], "")
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, BlockingIOError, ConnectionError])
+def test_errors_that_a_user_can_mend_are_one_message(error, capsys, monkeypatch):
+    monkeypatch.delenv("COLAREC_TRACEBACK", raising=False)
+
+    def main(argv):
+        raise error("what failed\nwhat to do")
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: what failed\n  what to do\n"
+
+
+def test_our_own_bugs_keep_their_traceback():
+    def main(argv):
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError):
+        cli.run(main)

@@ -1,0 +1,88 @@
+"""Ragged columns and the readers of corpus/ and gid/ tables."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from contract import schema
+
+ROWS = [[1, 2], [], [3], [4, 5, 6], [7]]
+
+
+def rows(ragged: schema.Ragged) -> list[list[int]]:
+    return [ragged.row(i).tolist() for i in range(len(ragged))]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array(ROWS, pa.list_(pa.int32())), ROWS),
+        (pa.array(ROWS, pa.list_(pa.int32())).slice(1, 3), ROWS[1:4]),
+        (pa.chunked_array([pa.array(ROWS[:2]), pa.array(ROWS[2:])]), ROWS),
+        (pa.chunked_array([pa.array(ROWS[:2]), pa.array(ROWS[2:])]).slice(1, 3), ROWS[1:4]),
+        (pa.chunked_array([pa.array(ROWS).slice(2, 2), pa.array(ROWS).slice(0, 1)]), [[3], [4, 5, 6], [1, 2]]),
+        (pa.array([[True], [False, True]]), [[True], [False, True]]),
+        (pa.array([], pa.list_(pa.int32())), []),
+        (pa.chunked_array([], pa.list_(pa.int32())), []),
+        (pa.array([[], []], pa.list_(pa.int32())), [[], []]),
+    ],
+    ids=["whole", "slice", "chunks", "sliced chunks", "chunks of slices", "bool", "empty", "no chunks", "empty rows"],
+)
+def test_ragged(column, expected):
+    ragged = schema.ragged(column)
+    assert rows(ragged) == expected
+    assert ragged.lengths.tolist() == [len(row) for row in expected]
+
+
+def test_a_padding_row_makes_the_dense_id_the_row_number():
+    padded = schema.with_padding_row(schema.ragged(pa.array(ROWS)))
+    assert rows(padded) == [[], *ROWS]
+
+
+def test_tables_are_read_in_the_order_of_the_dense_id(tmp_path):
+    table = pa.table([[2, 1], ["b", "a"], ["", ""], [[5], [3, 4]], [7, 8], [0, 0]], schema=schema.ITEMS)
+    pq.write_table(table, tmp_path / "items.parquet")
+    items = schema.read_items(tmp_path)
+    assert items.item_ids == ["", "a", "b"]
+    assert rows(items.tokens) == [[], [3, 4], [5]]
+    assert items.num_train.tolist() == [0, 8, 7]
+    assert items.num_items == 2
+
+
+def test_item_idx_with_a_gap_is_refused(tmp_path):
+    pq.write_table(pa.table([[1, 3], [[0, 1], [1, 0]]], schema=schema.GIDS), tmp_path / "gids.parquet")
+    with pytest.raises(ValueError, match=r"item_idx is not 1\.\.2"):
+        schema.read_gids(tmp_path)
+
+
+def test_gids_of_different_lengths_are_refused(tmp_path):
+    pq.write_table(pa.table([[1, 2], [[0, 1], [1]]], schema=schema.GIDS), tmp_path / "gids.parquet")
+    with pytest.raises(ValueError, match="different lengths"):
+        schema.read_gids(tmp_path)
+
+
+def test_gids_are_read_as_one_array(tmp_path):
+    pq.write_table(pa.table([[2, 1], [[2, 3], [0, 1]]], schema=schema.GIDS), tmp_path / "gids.parquet")
+    assert schema.read_gids(tmp_path).tolist() == [[0, 0], [0, 1], [2, 3]]
+
+
+def test_a_missing_column_is_named(tmp_path):
+    pq.write_table(pa.table({"item_idx": [1]}), tmp_path / "gids.parquet")
+    with pytest.raises(ValueError, match="lacks the columns gid"):
+        schema.read_gids(tmp_path)
+
+
+def test_items_without_sampled_users_have_an_empty_row(tmp_path):
+    table = pa.table([[3, 1], [[9], [7, 8]]], schema=schema.ITEM_USERS)
+    pq.write_table(table, tmp_path / "item_users.parquet")
+    assert rows(schema.read_item_users(tmp_path, 4)) == [[], [7, 8], [], [9], []]
+
+
+def test_interactions_are_those_of_the_split_without_repeats(tmp_path):
+    (tmp_path / "interactions").mkdir()
+    columns = [[2, 1, 2, 1, 1], [5, 9, 5, 4, 7], [0, 1, 2, 3, 4], [1] * 5, [0, 0, 0, 0, 1]]
+    pq.write_table(pa.table(columns, schema=schema.INTERACTIONS), tmp_path / "interactions" / "part.parquet")
+    user_idx, item_idx = schema.read_interactions(tmp_path, schema.TRAIN)
+    assert list(zip(user_idx.tolist(), item_idx.tolist(), strict=True)) == [(1, 4), (1, 9), (2, 5)]
+    assert np.concatenate(schema.read_interactions(tmp_path, schema.VALID)).tolist() == [1, 7]

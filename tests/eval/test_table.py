@@ -1,0 +1,102 @@
+"""Tables and metrics.json of literal results."""
+
+import pytest
+
+from contract import config as config_module
+from eval import table
+from eval.table import Results
+
+
+@pytest.fixture
+def results():
+    def estimate(mean, half):
+        return {"mean": mean, "low": mean - half, "high": mean + half}
+
+    return Results(
+        "small",
+        {"data": "10 users", "date": "2024-05-06"},
+        {
+            "ColaRec": {"recall@5": estimate(0.25, 0.02), "ndcg@5": estimate(0.125, 0.01), "coverage@5": {"mean": 0.5}},
+            "popularity": {
+                "recall@5": estimate(0.1, 0.03),
+                "ndcg@5": estimate(0.12501, 0.01),
+                "coverage@5": {"mean": 0},
+            },
+        },
+        {
+            "recall@5": {**estimate(0.15, 0.04), "over": "popularity"},
+            "ndcg@5": {**estimate(-0.00001, 0.02), "over": "popularity"},
+        },
+    )
+
+
+def test_terminal(results):
+    assert table.terminal(results).splitlines() == [
+        "            recall@5    ndcg@5",
+        "-------------------------------",
+        "ColaRec       0.2500*   0.1250*",
+        "popularity    0.1000    0.1250*",
+        "lead         +0.1500   -0.0000",
+        "",
+        "* best",
+        "Intervals (95%, bootstrap over users) are ±0.0300 or less.",
+        "lead: ColaRec minus the best other model, paired by user.",
+        "coverage@5, the share of the catalog that is recommended: ColaRec 50%, popularity 0%.",
+        "",
+        "data:        10 users",
+        "date:        2024-05-06",
+    ]
+
+
+def test_markdown(results):
+    assert table.markdown(results).splitlines() == [
+        "|  | recall@5 | ndcg@5 |",
+        "| --- | ---: | ---: |",
+        "| ColaRec | **0.2500** ±0.0200 | **0.1250** ±0.0100 |",
+        "| popularity | 0.1000 ±0.0300 | **0.1250** ±0.0100 |",
+        "| lead | +0.1500 ±0.0400 | -0.0000 ±0.0200 |",
+        "",
+        "Bold: best. Intervals (95%, bootstrap over users) are ±0.0300 or less. "
+        "lead: ColaRec minus the best other model, paired by user. "
+        "coverage@5, the share of the catalog that is recommended: ColaRec 50%, popularity 0%.",
+        "",
+        "- data: 10 users",
+        "- date: 2024-05-06",
+    ]
+
+
+def test_one_model_alone_has_no_lead(results):
+    alone = Results("small", {}, {"ColaRec": results.models["ColaRec"]}, {})
+    assert "lead" not in table.terminal(alone) + table.markdown(alone)
+
+
+def test_what_is_written_is_read(results, tmp_path):
+    table.write(results, tmp_path / "metrics.json")
+    assert table.read(tmp_path / "metrics.json") == results
+
+
+@pytest.mark.parametrize("text", ["{", '{"name": "small"}', "[]"])
+def test_what_is_not_results_is_refused(text, tmp_path):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match="does not hold results"):
+        table.read(tmp_path / "metrics.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, {"history": "train and valid items", "seen items": "masked", "split": "leave one out, in time order"}),
+        ({"eval.split": "valid"}, {"history": "train items"}),
+        ({"etl.valid_in_history": "false"}, {"history": "train items"}),
+        ({"eval.mask_seen": "false", "etl.split": "given"}, {"seen items": "not masked", "split": "as given"}),
+    ],
+)
+def test_the_protocol_says_what_was_compared(overrides, expected, tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_text("[loss]\nbpr = 0\n")
+    facts = table.protocol(config_module.load(str(file), overrides), 1234, 567, "2 x CPU", trained="3 min")
+    assert facts.items() >= expected.items()
+    assert facts["data"].startswith("small: 1,234 ")
+    assert "567 items" in facts["data"]
+    assert facts["trained"] == "3 min"
+    assert facts["training"].endswith("loss 1 rec + 1 index + 0.1 contrastive")

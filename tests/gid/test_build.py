@@ -1,0 +1,104 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from contract import schema
+from contract.artifacts import open_artifact, stage_output
+from contract.config import load
+from gid import build
+
+NUM_USERS, NUM_ITEMS = 60, 41
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory):
+    """One database for all tests: MLflow takes seconds to create it."""
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def toml(tmp_path, tracking_uri):
+    """A config and a corpus of two tastes; item 41 is cold, with the words of the second taste."""
+    file = tmp_path / "tiny.toml"
+    file.write_text(f"""
+work = "{tmp_path / "work"}"
+[cf]
+dim = 8
+num_layers = 2
+max_epochs = 10
+[gid]
+branching = 4
+[tracking]
+uri = "{tracking_uri}"
+""")
+    rng = np.random.default_rng(0)
+    interactions = []
+    for u in range(1, NUM_USERS + 1):
+        liked = rng.permutation(20)[:7] + (1 if u % 2 else 21)
+        splits = [schema.TRAIN] * 5 + [schema.VALID, schema.TEST]
+        interactions += [(u, int(i), t, 0, s) for t, (i, s) in enumerate(zip(liked, splits, strict=True))]
+    num_train = np.zeros(NUM_ITEMS + 1, int)
+    for _, i, _, _, split in interactions:
+        num_train[i] += split == schema.TRAIN
+    items = [
+        (i, f"item-{i}", "", (rng.integers(5, size=4) + (3 if i <= 20 else 8)).tolist(), int(num_train[i]), 0)
+        for i in range(1, NUM_ITEMS + 1)
+    ]
+    with stage_output(load(str(file)), "corpus") as output:
+        write(items, schema.ITEMS, output.path / "items.parquet")
+        (output.path / "interactions").mkdir()
+        write(interactions, schema.INTERACTIONS, output.path / "interactions" / "part-0.parquet")
+        output.commit({"num_users": NUM_USERS, "num_items": NUM_ITEMS}, {"raw": "none"})
+    return file
+
+
+def write(rows, table_schema, path):
+    pq.write_table(pa.table(dict(zip(table_schema.names, zip(*rows, strict=True), strict=True)), table_schema), path)
+
+
+def test_builds_gids_and_embeddings_from_a_corpus(toml, capsys):
+    build.main(["--config", str(toml)])
+    config = load(str(toml))
+    gid = open_artifact(config, "gid")
+    assert gid.manifest["inputs"] == {"corpus": open_artifact(config, "corpus").digest}
+    gids = schema.read_gids(gid.path)
+    assert gids.shape == (NUM_ITEMS + 1, 3)
+    assert len(np.unique(gids[1:], axis=0)) == NUM_ITEMS
+    users = np.load(gid.path / "user_embeddings.npy", mmap_mode="r", allow_pickle=False)
+    items = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
+    assert (users.shape, users.dtype) == ((NUM_USERS + 1, 8), np.float32)
+    assert (items.shape, items.dtype) == ((NUM_ITEMS + 1, 8), np.float32)
+    assert not users[0].any()
+    assert not items[0].any()
+    # the score separates the tastes, and the cold item's content places it with the second
+    scores = users[1:] @ items[1:].T
+    assert scores[0::2, :20].mean() > scores[0::2, 20:].mean()
+    assert scores[1::2, 20:].mean() > scores[1::2, :20].mean()
+    assert scores[1::2, 40].mean() > scores[0::2, 40].mean()
+    counts = gid.counts
+    assert (counts["num_items"], counts["num_cold"], counts["branching"], counts["length"]) == (NUM_ITEMS, 1, 4, 3)
+    assert counts["num_leaves"] == len(np.unique(gids[1:, :2], axis=0))
+    assert counts["largest_cluster_per_level"] == [
+        int(np.unique(gids[1:, :level], axis=0, return_counts=True)[1].max()) for level in (1, 2)
+    ]
+    assert all(a <= b for a, b in zip(counts["largest_cluster_per_level"], counts["capacity_per_level"], strict=True))
+    assert counts["leaf_sse"] < counts["leaf_sse_random"]
+    assert "valid recall@20" in capsys.readouterr().out
+
+
+def test_too_small_a_tree_fails_before_any_training(toml, capsys):
+    with pytest.raises(ValueError, match=r"41 items do not fit .* set gid.length = 3 or more"):
+        build.main(["--config", str(toml), "--gid.length=2"])
+    assert "lightgcn" not in capsys.readouterr().out
+    assert not (load(str(toml)).work_dir / "gid").exists()
+
+
+def test_random_gids_and_dry_run(toml, capsys):
+    build.main(["--config", str(toml), "--gid.method=random", "--cf.max_epochs=1", "--dry-run"])
+    assert "writes" in capsys.readouterr().out
+    config = load(str(toml), {"gid.method": "random", "cf.max_epochs": "1"})
+    assert not (config.work_dir / "gid").exists()
+    build.main(["--config", str(toml), "--gid.method=random", "--cf.max_epochs=1"])
+    gids = schema.read_gids(open_artifact(config, "gid").path)
+    assert len(np.unique(gids[1:], axis=0)) == NUM_ITEMS
