@@ -12,6 +12,9 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU),0)
   DEEPSPEED := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(DEEPSPEED) --num_accelerators $(RANKS)
 endif
 
+# For a log of megabytes the JVM's second compiler costs more than it gives. SPARK= says what else spark-submit is to do.
+SPARK ?= --driver-java-options -XX:TieredStopAtLevel=1
+
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
@@ -26,7 +29,7 @@ demo: setup  ## the whole pipeline on generated data, in some minutes
 
 run: setup  ## the four stages: make run CONFIG=configs/phone.toml ARGS="--train.epochs=1"
 	@[ "$(CONFIG)" ] || { echo "error: say which experiment: make run CONFIG=configs/phone.toml" >&2; exit 2; }
-	$(BIN)/spark-submit etl/build.py --config $(CONFIG) $(ARGS)
+	$(BIN)/spark-submit $(SPARK) etl/build.py --config $(CONFIG) $(ARGS)
 	$(BIN)/python gid/build.py --config $(CONFIG) $(ARGS)
 	$(DEEPSPEED) trainer/main.py --config $(CONFIG) $(ARGS)
 	$(DEEPSPEED) eval/main.py --config $(CONFIG) $(ARGS)
@@ -42,7 +45,7 @@ mlflow: setup  ## MLflow on the runs of this machine, at http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --workers 1
 
 test: setup  ## the tests that need no GPU and no SLURM, in some three minutes
-	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(ARGS)
 
 lint: setup  ## the linter and the formatter's check
 	$(BIN)/ruff check .

@@ -75,7 +75,7 @@ def open_artifact(config: Config, name: str) -> Artifact:
     # A setting that did not exist when the artifact was built cannot have shaped it: only known ones are compared.
     wanted = config_module.section(config, *stage.sections)
     for key, value in manifest["config"].items():
-        if key in wanted and wanted[key] != value:
+        if key in wanted and key != "data.path" and wanted[key] != value:  # a log that was moved is the same log
             raise ValueError(
                 f"{path} was built with {key} = {value!r}, the config says {wanted[key]!r}; "
                 f"set it back, choose another work folder (--work=...), or run again: {command}"
@@ -117,8 +117,16 @@ class Output:
         self._config = config
         self._stage = STAGES[name]
         self._final = config.work_dir / name
+        self._old = config.work_dir / f".{name}.old"
         self.path = config.work_dir / f".{name}.tmp"
         self.committed = False
+
+    def recover(self) -> None:
+        """Clears what a run that was killed left behind; its commit may have been between the two renames."""
+        if self._old.exists() and not self._final.exists():
+            self._old.rename(self._final)
+        shutil.rmtree(self._old, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def commit(self, counts: dict, inputs: dict[str, str], **extra) -> Artifact:
         """Writes the manifest and renames. `counts`: what a reader wants to know; `inputs`: {name: digest}."""
@@ -139,12 +147,10 @@ class Output:
             "files": files,
         }
         write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1))
-        old = self._final.with_name(f".{self._stage.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if self._final.exists():
-            self._final.rename(old)
+            self._final.rename(self._old)
         self.path.rename(self._final)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
         self.committed = True
         return Artifact(self._final, manifest)
 
@@ -159,7 +165,7 @@ def stage_output(config: Config, name: str) -> Iterator[Output]:
     """
     output = Output(config, name)
     with lock(config, name):
-        shutil.rmtree(output.path, ignore_errors=True)
+        output.recover()
         output.path.mkdir()
         try:
             yield output

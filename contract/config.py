@@ -74,8 +74,8 @@ class Cf:
 
     dim: int = _opt(64, "embedding size", low=1)
     num_layers: int = _opt(3, "propagation layers", low=0)
-    lr: float = _opt(5e-3, "Adam learning rate", low=1e-9)
-    l2: float = _opt(1e-4, "L2 weight of the layer-0 embeddings of a batch", low=0)
+    lr: float = _opt(2e-2, "Adam learning rate", low=1e-9)
+    l2: float = _opt(1e-2, "L2 weight of the layer-0 embeddings of a batch", low=0)
     batch: int = _opt(8192, "interactions per step", low=1)
     max_epochs: int = _opt(200, "epochs at most", low=1)
     eval_every: int = _opt(5, "epochs between two measurements of valid Recall@20", low=1)
@@ -118,16 +118,16 @@ class History:
     train_items: int = _opt(20, "history items at training, at most", low=1)
     eval_items: int = _opt(20, "history items at evaluation, at most", low=1)
     max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')", low=1)
-    user_slots: int = _opt(4, "users sampled into X_i, the encoder input of an item; 0: none", low=0)
+    user_slots: int = _opt(2, "users sampled into X_i, the encoder input of an item; 0: none", low=0)
 
 
 @dataclass(frozen=True)
 class Model:
     """T5 encoder-decoder."""
 
-    d_model: int = _opt(128, "width", low=1)
-    d_ff: int = _opt(512, "width of the feed-forward layers", low=1)
-    d_kv: int = _opt(32, "width of a head", low=1)
+    d_model: int = _opt(64, "width", low=1)
+    d_ff: int = _opt(256, "width of the feed-forward layers", low=1)
+    d_kv: int = _opt(16, "width of a head", low=1)
     num_heads: int = _opt(4, "attention heads", low=1)
     num_encoder_layers: int = _opt(2, "encoder layers", low=1)
     num_decoder_layers: int = _opt(2, "decoder layers", low=1)
@@ -145,8 +145,8 @@ class Loss:
     """Weights of the losses; 0 switches one off and saves its forward passes."""
 
     rec: float = _opt(1.0, "cross-entropy of the target's GID given the user", low=0)
-    index: float = _opt(1.0, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
-    bpr: float = _opt(1.0, "the user ranks the positive above the negative item", low=0)
+    index: float = _opt(0.3, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
+    bpr: float = _opt(0.3, "the user ranks the positive above the negative item", low=0)
     contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
 
 
@@ -154,13 +154,13 @@ class Loss:
 class Train:
     """DeepSpeed training."""
 
-    epochs: int = _opt(20, "passes over the training targets", low=1)
+    epochs: int = _opt(10, "passes over the training targets", low=1)
     max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
-    global_batch: int = _opt(256, "targets per optimizer step, over all ranks", low=1)
+    global_batch: int = _opt(128, "targets per optimizer step, over all ranks", low=1)
     micro_batch: int = _opt(
         0, "targets per forward pass of a rank, of like length to pad little; 0: the rank's whole share", low=0
     )
-    lr: float = _opt(1e-3, "peak AdamW learning rate", low=1e-9)
+    lr: float = _opt(3e-3, "peak AdamW learning rate", low=1e-9)
     weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)
     warmup: float = _opt(
         0.05, "share of the steps with a rising learning rate; then it falls linearly to 0", low=0, high=1

@@ -95,15 +95,15 @@ def build(
         raise ValueError(
             f"no user is left with etl.min_user = {etl.min_user} and etl.min_item = {etl.min_item}; lower them"
         )
-    users = corpus.write_parquet(users, schema.USERS.names, num_users, num_users, folder / "users.parquet")
+    users = corpus.write_parquet(users, schema.USERS, num_users, num_users, folder / "users.parquet")
     texts = corpus.texts(catalog)
     item_ids = corpus.item_ids(events, texts, whole_catalog=etl.min_item == 0)
     items, num_items = corpus.with_dense_index(item_ids, "item_id", seed, "item_idx")
     items = content.with_normal_text(items.join(texts, "item_id", "left")).persist()
-    # Position decides between equal times, so it stays in the table.
-    columns = [*schema.INTERACTIONS.names, "position"]
     interactions = corpus.dense_interactions(events, users, items)
-    interactions = corpus.write_parquet(interactions, columns, steps["num_events"], num_users, folder / "interactions")
+    interactions = corpus.write_parquet(
+        interactions, corpus.INTERACTIONS, steps["num_events"], num_users, folder / "interactions"
+    )
     sizes = {"num_users": num_users, "num_items": num_items, **corpus.count_splits(interactions)}
     sizes["num_cold_items"] = num_items - sizes.pop("num_train_items")
     progress(f"split: {spoken(sizes)}")
@@ -113,9 +113,9 @@ def build(
     vocab_size, num_textless = content.vocab_size(model), items.where(F.col("text") == "").count()
     progress(f"tokenizer: {vocab_size:,} pieces; {num_textless:,} items have no text")
     items = corpus.with_statistics(content.with_token_ids(items, model, etl.max_item_tokens), interactions)
-    corpus.write_parquet(items, schema.ITEMS.names, num_items, num_items, folder / "items.parquet")
+    corpus.write_parquet(items, schema.ITEMS, num_items, num_items, folder / "items.parquet")
     item_users = corpus.item_users(interactions, etl.max_users_per_item, seed)
-    corpus.write_parquet(item_users, schema.ITEM_USERS.names, num_items, num_items, folder / "item_users.parquet")
+    corpus.write_parquet(item_users, schema.ITEM_USERS, num_items, num_items, folder / "item_users.parquet")
 
     # Shards
     histories = corpus.histories(interactions).persist()

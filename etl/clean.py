@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 MS_PER_DAY = 86_400_000
 FIRST_MS = 788_918_400_000  # 1995-01-01: no shop's log is older
 MAX_EVENT_TYPES = 127  # an event is an int8
+MAX_GROUPS = 1000  # reasons and event types that are counted; a log has a dozen
 
 
 @dataclass(frozen=True)
@@ -62,29 +63,24 @@ def profile(rows: DataFrame, what: str) -> Profile:
     """Counts the rows of `what`, the log or the catalog, by reason and event type, in one job.
 
     Raises:
-        ValueError: there are no rows, or more event types than an int8 holds.
+        ValueError: there are no rows, or so many event types that the column must be another kind of text.
     """
     good = F.col("reason").isNull()
     event = F.when(good, F.coalesce("event", F.lit(""))) if "event" in rows.columns else F.lit("")
     groups = rows.groupBy("reason", event.alias("event")).agg(
         F.count(F.lit(1)).alias("num"), F.min(F.substring("raw", 1, 200)).alias("example")
     )
-    # Reasons are a handful; a column of free text taken for the event type is not, hence the limit.
-    groups = groups.limit(10 * MAX_EVENT_TYPES).collect()
+    groups = groups.limit(MAX_GROUPS).collect()
     if not groups:
         raise ValueError(f"the {what} is empty: its files hold no rows")
+    if len(groups) == MAX_GROUPS:
+        raise ValueError(f"data.event_column holds {MAX_GROUPS:,} types or more; name another column or none")
     bad = sorted((g for g in groups if g.reason is not None), key=lambda g: (-g.num, g.reason))
-    num_by_event = {g.event: g.num for g in sorted(groups, key=lambda g: g.event or "") if g.reason is None}
-    if len(num_by_event) > MAX_EVENT_TYPES:
-        raise ValueError(
-            f"data.event_column holds more than {MAX_EVENT_TYPES} types, among them {', '.join([*num_by_event][:5])}; "
-            "name another column, or leave it empty"
-        )
     return Profile(
         num_read=sum(g.num for g in groups),
         bad={g.reason: g.num for g in bad},
         examples={g.reason: g.example for g in bad},
-        num_by_event=num_by_event,
+        num_by_event={g.event: g.num for g in sorted(groups, key=lambda g: g.event or "") if g.reason is None},
     )
 
 
@@ -103,14 +99,19 @@ def event_types(found: Profile, wanted: tuple[str, ...]) -> list[str]:
     """The types to keep, weakest first: `wanted`, or all that occur in the order of their names.
 
     Raises:
-        ValueError: none of the good rows is of a wanted type.
+        ValueError: none of the good rows is of a wanted type, or there are more types than an int8 holds.
     """
+    types = list(wanted) or [name for name in found.num_by_event if name]
+    if len(types) > MAX_EVENT_TYPES:
+        raise ValueError(
+            f"{len(types)} event types, at most {MAX_EVENT_TYPES} can be told apart; list fewer in etl.events"
+        )
     if not wanted:
-        return [name for name in found.num_by_event if name]
+        return types
     if not any(found.num_by_event.get(name) for name in wanted):
         there = ", ".join(f"{name or 'none'} ({num:,})" for name, num in found.num_by_event.items())
         raise ValueError(f"etl.events = {list(wanted)}: no row is of such a type; the log holds: {there}")
-    return list(wanted)
+    return types
 
 
 def merge_repeats(events: DataFrame, types: list[str], only_listed: bool, repeats: str) -> DataFrame:

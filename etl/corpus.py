@@ -4,15 +4,19 @@ Executors write under names that no other attempt of the task can have; the driv
 returned. So a lost executor, a retry or a speculative copy leaves files behind that nobody reads, never two of one.
 """
 
+import functools
 import io
+import itertools
 import shutil
 import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -20,6 +24,9 @@ from contract import schema
 
 BUCKET_BITS = 10  # a billion ids: a million in a bucket, which one task sorts
 ROWS_PER_FILE = 1 << 20
+ROWS_PER_GROUP = 1 << 16  # of a Parquet file
+# interactions/ with the place of the event among its user's, which decides between equal times
+INTERACTIONS = schema.INTERACTIONS.append(pa.field("position", pa.int32()))
 
 
 def with_dense_index(ids: DataFrame, key: str, seed: int, index: str) -> tuple[DataFrame, int]:
@@ -99,18 +106,18 @@ def item_users(interactions: DataFrame, max_users: int, seed: int) -> DataFrame:
     return sample.groupBy("item_idx").agg(F.sort_array(F.collect_list("user_idx")).alias("user_idxs"))
 
 
-def write_parquet(table: DataFrame, columns: list[str], num_rows: int, num_keys: int, folder: Path) -> DataFrame:
-    """Writes part-00000.parquet .. into the folder and returns the table read back from them.
+def write_parquet(table: DataFrame, columns: pa.Schema, num_rows: int, num_keys: int, folder: Path) -> DataFrame:
+    """Writes part-00000.parquet .. with these columns into the folder; returns the table read back from them.
 
     The first column is a dense index, 1..num_keys; files and rows are sorted by it and by position, if there is one.
-    About num_rows rows are expected.
+    About num_rows rows are expected. pyarrow writes, because Spark's own files differ from one JVM to the next.
     """
-    key, *_ = columns
-    num_files = 1 + num_rows // ROWS_PER_FILE
-    file = F.floor((F.col(key) - 1) * num_files / num_keys).cast("int")
-    rows = table.select(*columns).repartitionById(num_files, file)
-    rows.sortWithinPartitions(key, *(["position"] if "position" in columns else [])).write.parquet(str(folder))
-    _rename_parts(folder)
+    key, num_files = columns.names[0], 1 + num_rows // ROWS_PER_FILE
+    part = F.floor((F.col(key) - 1) * num_files / num_keys).cast("int")
+    order = [key, "position"] if "position" in columns.names else [key]
+    folder.mkdir()
+    rows = table.select(part.alias("part"), *columns.names)
+    _write_files(rows, order, columns, num_files, _parquet, folder, "part-{:05d}.parquet")
     return table.sparkSession.read.parquet(str(folder))
 
 
@@ -162,52 +169,90 @@ def write_shards(rows: DataFrame, split: str, num_shards: int, seed: int, folder
     if not num_users:
         return []
     num_shards = min(num_shards, num_users)
-    users = users.withColumn("shard", ((F.col("rank") - 1) % num_shards).cast("int"))
-    stage = folder / f".{split}"
+    users = users.withColumn("part", ((F.col("rank") - 1) % num_shards).cast("int"))
+    rows = rows.join(users, "user_idx", "inner")
+    write = functools.partial(_tar, users_per_member=schema.USERS_PER_MEMBER)
+    written = _write_files(rows, ["rank"], schema.SEQUENCES, num_shards, write, folder, split + "-{:05d}.tar")
+    return [{"file": row.file, "num_users": row.num_rows, "num_events": row.num_values} for row in written]
+
+
+class Written(NamedTuple):
+    file: str
+    num_rows: int
+    num_values: int  # what the writer counted: of a shard the events, of a table the rows
+
+
+Writer = Callable[[Iterator[pa.RecordBatch], pa.Schema, Path], int]
+
+
+def _write_files(
+    rows: DataFrame, order: list[str], columns: pa.Schema, num_files: int, write: Writer, folder: Path, name: str
+) -> list[Written]:
+    """Writes the rows of each `part` (int column, 0..num_files - 1), sorted by `order`, into a file of its own.
+
+    `write(batches, columns, path)` runs in the task of a part. Files are named by the parts that have rows, 0, 1, ..
+    """
+    stage = folder / f"_{uuid.uuid4().hex}"
     stage.mkdir()
-    written = (
-        rows.join(users, "user_idx", "inner")
-        .repartitionById(num_shards, "shard")
-        .sortWithinPartitions("shard", "rank")
-        .select("shard", *schema.SEQUENCES.names)
-        .mapInArrow(
-            _shard_writer(stage, schema.USERS_PER_MEMBER), "shard int, name string, num_users long, num_events long"
+
+    def write_part(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        first = next(batches, None)
+        if first is None:
+            return
+        temporary, num_rows = uuid.uuid4().hex, 0
+
+        def content() -> Iterator[pa.RecordBatch]:
+            nonlocal num_rows
+            for batch in itertools.chain([first], batches):
+                num_rows += batch.num_rows
+                yield batch.select(columns.names)
+
+        num_values = write(content(), columns, stage / temporary)
+        yield pa.RecordBatch.from_pylist(
+            [{"part": first["part"][0].as_py(), "name": temporary, "num_rows": num_rows, "num_values": num_values}],
+            pa.schema({"part": pa.int32(), "name": pa.string(), "num_rows": pa.int64(), "num_values": pa.int64()}),
         )
+
+    parts = (
+        rows.repartitionById(num_files, "part")
+        .sortWithinPartitions(*order)
+        .select("part", *columns.names)
+        .mapInArrow(write_part, "part int, name string, num_rows long, num_values long")
         .collect()
     )
-    shards = []
-    for row in sorted(written, key=lambda row: row.shard):
-        file = f"{split}-{row.shard:05d}.tar"
-        (stage / row.name).rename(folder / file)
-        shards.append({"file": file, "num_users": row.num_users, "num_events": row.num_events})
+    written = []
+    for number, part in enumerate(sorted(parts, key=lambda row: row.part)):
+        file = name.format(number)
+        (stage / part.name).rename(folder / file)
+        written.append(Written(file, part.num_rows, part.num_values))
     shutil.rmtree(stage)
-    return shards
+    return written
 
 
-def _shard_writer(stage: Path, users_per_member: int):
-    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """One partition is one shard; an empty one writes nothing."""
-        name = f"{uuid.uuid4().hex}.tar"
-        shard = num_users = num_events = 0
-        with tarfile.open(stage / name, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for number, table in enumerate(_regroup(batches, users_per_member)):
-                shard = table["shard"][0].as_py()
-                content = _arrow_stream(table.select(schema.SEQUENCES.names).cast(schema.SEQUENCES))
-                member = tarfile.TarInfo(f"{number:06d}.arrow")  # its time is 0
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-                num_users += table.num_rows
-                num_events += len(table["item_idx"].combine_chunks().flatten())
-        if num_users:
-            row = {"shard": shard, "name": name, "num_users": num_users, "num_events": num_events}
-            types = {"shard": pa.int32(), "name": pa.string(), "num_users": pa.int64(), "num_events": pa.int64()}
-            yield pa.RecordBatch.from_pylist([row], pa.schema(types))
-
-    return write
+def _parquet(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path) -> int:
+    num_rows = 0
+    with pq.ParquetWriter(path, columns) as file:
+        for table in _regroup(batches, ROWS_PER_GROUP, columns):
+            file.write_table(table)
+            num_rows += table.num_rows
+    return num_rows
 
 
-def _regroup(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of num_rows, the last one shorter."""
+def _tar(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path, users_per_member: int) -> int:
+    """Members 000000.arrow .. of at most so many users; returns the number of events."""
+    num_events = 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, table in enumerate(_regroup(batches, users_per_member, columns)):
+            content = _arrow_stream(table)
+            member = tarfile.TarInfo(f"{number:06d}.arrow")  # its time is 0
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+            num_events += len(table["item_idx"].combine_chunks().flatten())
+    return num_events
+
+
+def _regroup(batches: Iterator[pa.RecordBatch], num_rows: int, columns: pa.Schema) -> Iterator[pa.Table]:
+    """The same rows in tables of num_rows, the last one shorter, of exactly these columns and types."""
     waiting: list[pa.RecordBatch] = []
     num_waiting = 0
     for batch in batches:
@@ -215,11 +260,11 @@ def _regroup(batches: Iterator[pa.RecordBatch], num_rows: int) -> Iterator[pa.Ta
         num_waiting += batch.num_rows
         while num_waiting >= num_rows:
             table = pa.Table.from_batches(waiting)
-            yield table.slice(0, num_rows)
+            yield table.slice(0, num_rows).cast(columns)
             waiting = table.slice(num_rows).to_batches()
             num_waiting -= num_rows
     if num_waiting:
-        yield pa.Table.from_batches(waiting)
+        yield pa.Table.from_batches(waiting).cast(columns)
 
 
 def _arrow_stream(table: pa.Table) -> bytes:

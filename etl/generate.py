@@ -240,10 +240,10 @@ def item_lines(shop: Shop, rng: np.random.Generator) -> list[str]:
                     adjective = str(rng.choice(adjectives))
                     if slot == 0:
                         title = f"{model} {adjective} {device}"
-                        description = f"{style_name} {device} for {name}, {adjective} & made to last"
+                        description = f"{style_name} {name}, light & durable"
                     else:
                         title = f"{adjective.capitalize()} {parts[slot - 1]} for {model}"
-                        description = f"{style_name} {parts[slot - 1]} for {name}, fits the {brand} {device}"
+                        description = f"{style_name} {name}, fits {brand} {device}"
                     for _ in range(int(rng.choice(3, p=[0.9, 0.08, 0.02]))):
                         description = html.escape(description)
                     item_id = item_ids[shop.item(topic, style, family, slot)]

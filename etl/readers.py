@@ -60,7 +60,7 @@ def input_files(data: Data) -> dict[str, list[Path]]:
         found[setting] = [file for pattern in patterns for file in _expand(setting, pattern)]
     log = next(iter(found.values()))
     if not any(file.stat().st_size for file in log):
-        raise ValueError(f"the log is empty: {', '.join(map(str, log[:3]))} hold(s) no bytes")
+        raise ValueError(f"the log is empty: no bytes in {', '.join(map(str, log[:3]))}")
     return found
 
 

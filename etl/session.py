@@ -1,13 +1,17 @@
 """The Spark session: our defaults where spark-submit --conf says nothing, our code on the executors."""
 
 import contextlib
+import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
 from contract import schema
@@ -18,14 +22,25 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     """A session that is stopped at the end, whatever happens."""
     # Executors run the driver's interpreter; by its bare name they would find the system's.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    spark = SparkSession.builder.appName(name).config("spark.log.level", "ERROR").getOrCreate()
+    builder = SparkSession.builder.appName(name).config("spark.log.level", "ERROR")
+    spark = builder.config("spark.ui.showConsoleProgress", "false").getOrCreate()
+    # What goes wrong between Python and the JVM is raised; py4j would print its stack as well, some by the root logger.
+    logging.getLogger("py4j").setLevel(logging.CRITICAL)
+    logging.getLogger().addFilter(lambda record: "while sending command" not in record.getMessage())
+    # pyspark's handler of Ctrl-C asks the JVM to cancel its jobs; under spark-submit the JVM got the same Ctrl-C and is
+    # gone. Stopping the session cancels them as well.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory() as folder:
             _set_defaults(spark)
             spark.sparkContext.addPyFile(_zip_code(Path(folder)))
             yield spark
+    except ConnectionError as error:
+        raise RuntimeError("Spark's JVM is gone; was it killed, or short of memory (--driver-memory)?") from error
     finally:
-        spark.stop()
+        with contextlib.suppress(ConnectionError, Py4JError):  # nothing is left to stop
+            spark.stop()
 
 
 def _set_defaults(spark: SparkSession) -> None:

@@ -10,6 +10,7 @@ Writes metrics.json, table.md and recommendations.parquet.
 """
 
 import contextlib
+import dataclasses
 import platform
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from contract import cli, schema
 from contract.artifacts import STAGES, Artifact, open_artifact, stage_output
 from contract.cli import RANK, Progress
-from contract.config import Config
+from contract.config import Config, Train
 from contract.tracking import track
 from eval import baselines, metrics, table
 from eval.beam import beam_search
@@ -128,7 +129,10 @@ def score(
         f"{trained.manifest['training']['device']}, {trained.counts['step']} steps; "
         f"best valid loss after epoch {trained.counts['best_epoch']:g}"
     )
-    return table.Results(config.name, table.protocol(config, len(users), num_items, device, **facts), models, lead)
+    # What the model was trained with, which the settings of [train] may no longer say.
+    as_trained = dataclasses.replace(config, train=Train(**trained.manifest["training"]["train"]))
+    protocol = table.protocol(as_trained, len(users), num_items, device, **facts)
+    return table.Results(config.name, protocol, models, lead)
 
 
 def write_recommendations(corpus: Artifact, recommended: dict[str, np.ndarray], file: Path) -> None:

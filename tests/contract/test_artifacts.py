@@ -179,3 +179,17 @@ def test_a_work_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "work").write_text("a file")
     with pytest.raises(ValueError, match=r"cannot be written.*choose --work"), stage_output(load(tmp_path), "corpus"):
         pass
+
+
+def test_a_kill_between_the_two_renames_of_a_commit_loses_nothing(settings):
+    build(settings, "corpus", b"first")
+    (settings.work_dir / "corpus").rename(settings.work_dir / ".corpus.old")
+    with pytest.raises(RuntimeError), stage_output(settings, "corpus"):
+        raise RuntimeError("the next run fails as well")
+    assert (open_artifact(settings, "corpus").path / "part" / "data.bin").read_bytes() == b"first"
+    assert hidden(settings) == set()
+
+
+def test_a_log_that_was_moved_is_the_same_log(tmp_path):
+    build(load(tmp_path, data__path="here"), "corpus")
+    open_artifact(load(tmp_path, data__path="there"), "corpus")

@@ -55,7 +55,7 @@ def test_a_run_holds_the_config_the_metrics_and_how_it_ended(settings, tmp_path)
     assert evaluated.data.tags["stage"] == "eval"
     assert trained.data.metrics == {"loss": 2.0}
     kept = mlflow.artifacts.list_artifacts(run_id=evaluated.info.run_id, tracking_uri=settings.tracking.uri)
-    assert [file.path for file in kept] == ["note.txt"]
+    assert [file.path for file in kept] == ["config.toml", "note.txt"]
 
 
 def test_an_unreachable_server_is_said_at_once(settings, tmp_path):

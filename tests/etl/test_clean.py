@@ -35,15 +35,19 @@ def test_too_many_bad_rows_stop_the_job():
         clean.check_bad_share(clean.Profile(2, {"no user id": 2}, {"no user id": "X"}, {}), "log", 1.0)
 
 
-def test_more_event_types_than_an_int8_holds(log):
-    with pytest.raises(ValueError, match="more than 127 types"):
-        clean.profile(log(*(("u", "a", n, f"free text {n}") for n in range(128))), "log")
+def test_free_text_is_no_event_type(log):
+    with pytest.raises(ValueError, match=r"data\.event_column holds 1,000 types or more"):
+        clean.profile(log(*(("u", "a", n, f"free text {n}") for n in range(1000))), "log")
 
 
 def test_event_types():
     found = clean.Profile(3, {}, {}, {"": 1, "cart": 1, "view": 1})
     assert clean.event_types(found, ()) == ["cart", "view"]
     assert clean.event_types(found, ("view", "buy")) == ["view", "buy"]
+    many = clean.Profile(128, {}, {}, {f"type {n}": 1 for n in range(128)})
+    assert clean.event_types(many, ("type 3",)) == ["type 3"]
+    with pytest.raises(ValueError, match="128 event types, at most 127"):
+        clean.event_types(many, ())
     with pytest.raises(ValueError, match=r"etl\.events .*the log holds: none \(1\), cart \(1\), view \(1\)"):
         clean.event_types(found, ("buy",))
 

@@ -147,7 +147,7 @@ def test_parquet_is_sorted_over_its_files_and_the_same_each_time(spark, tmp_path
     rows = [(u, f"u{u}") for u in random.Random(1).sample(range(1, 251), 250)]
     table = spark.createDataFrame(rows, "user_idx long, user_id string")
     for run, parts in (("a", 2), ("b", 5)):
-        corpus.write_parquet(table.repartition(parts), ["user_idx", "user_id"], 250, 250, tmp_path / run)
+        corpus.write_parquet(table.repartition(parts), schema.USERS, 250, 250, tmp_path / run)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     assert sorted(digests(tmp_path / "a")) == [f"part-{n:05d}.parquet" for n in range(3)]
     assert schema.read_table(tmp_path / "a", schema.USERS)["user_idx"].to_pylist() == list(range(1, 251))

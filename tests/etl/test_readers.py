@@ -158,5 +158,5 @@ def test_missing_and_empty_files_are_named(read):
         read({}, "csv", interactions="nowhere.csv", items="items.csv")
     with pytest.raises(ValueError, match=r"data\.items is empty"):
         read({"log.csv": "x"}, "csv", interactions="log.csv")
-    with pytest.raises(ValueError, match=r"the log is empty: .*log\.csv"):
+    with pytest.raises(ValueError, match=r"the log is empty: no bytes in .*log\.csv"):
         read({"log.csv": "", "items.csv": "x"}, "csv", interactions="log.csv", items="items.csv")

@@ -1,0 +1,77 @@
+"""The evaluation as its users call it, on the tiny corpus."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from contract.artifacts import open_artifact
+from contract.config import to_toml
+from eval.main import main
+from tests import tiny
+from trainer.main import main as train
+
+ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def trained(tmp_path, group):
+    """(config, its file, the users' sequences) of a work folder whose model has been trained."""
+    config = tiny.tiny_config(tmp_path / "work", train__epochs="1")
+    users = tiny.write_corpus(config)
+    tiny.write_gids(config)
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config))
+    train(["--config", str(file)])
+    return config, file, users
+
+
+def test_one_rank_and_two_give_the_same_numbers(trained):
+    config, file, users = trained
+    main(["--config", str(file)])
+    one = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
+    lists = pq.read_table(config.work_dir / "eval" / "recommendations.parquet").to_pylist()
+    # The launcher ends a rank's process without a word of its own on success.
+    words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29519", "eval/main.py"]
+    done = subprocess.run([sys.executable, *words, "--config", str(file)], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
+    assert two["models"] == one["models"]
+    assert two["lead"] == one["lead"]
+    assert pq.read_table(config.work_dir / "eval" / "recommendations.parquet").to_pylist() == lists
+
+    assert [row["user_idx"] for row in lists] == list(range(1, 61))
+    hits = 0
+    for row, sequence in zip(lists, users, strict=True):
+        assert row["item_id"] == [f"i{i}" for i in row["item_idx"]]
+        assert row["score"] == sorted(row["score"], reverse=True)
+        assert not set(row["item_idx"]) & set(sequence[:-1].tolist())  # seen items are masked
+        hits += sequence[-1] in row["item_idx"][:10]
+    assert one["models"]["ColaRec"]["recall@10"]["mean"] == pytest.approx(hits / 60)
+    assert set(one["models"]) == {"ColaRec", "popularity", "item_knn", "lightgcn"}
+
+
+def test_a_model_of_another_history_is_refused(trained):
+    _, file, _ = trained
+    with pytest.raises(ValueError, match=r"built with history\.order = 'time', the config says 'set'"):
+        main(["--config", str(file), "--history.order=set"])
+
+
+def test_a_model_of_an_earlier_tree_is_refused(trained):
+    config, file, _ = trained
+    open_artifact(config, "model")
+    tiny.write_gids(config, num_items=39)
+    with pytest.raises(ValueError, match="built from another gid/"):
+        main(["--config", str(file)])
+
+
+def test_dry_run_writes_nothing(trained, capsys):
+    config, file, _ = trained
+    main(["--config", str(file), "--dry-run", "--eval.beams=33"])
+    output = capsys.readouterr().out
+    assert "beams = 33" in output
+    assert f"writes              {config.work_dir / 'eval'}" in output
+    assert not (config.work_dir / "eval").exists()

@@ -1,0 +1,55 @@
+"""The model and its decoding give on a CUDA device what they give on the CPU."""
+
+import pytest
+import torch
+
+from contract.artifacts import open_artifact
+from eval.beam import beam_search
+from gid.tree import GidTree
+from tests import tiny
+from trainer import loader
+from trainer import model as model_module
+from trainer.inputs import read_catalog
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def room(tmp_path):
+    config = tiny.tiny_config(tmp_path / "work")
+    tiny.write_corpus(config)
+    tiny.write_gids(config)
+    corpus = open_artifact(config, "corpus")
+    catalog = read_catalog(corpus, open_artifact(config, "gid"))
+    torch.manual_seed(0)
+    model = model_module.ColaRec(config, model_module.sizes(config, catalog)).eval()
+    return config, corpus, catalog, model
+
+
+def test_losses_and_gradients(room):
+    config, corpus, catalog, model = room
+    shards = loader.shard_paths(corpus, "train")
+    batch = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(1), 10)))
+    found = {}
+    for device in ("cpu", "cuda"):
+        model.to(device).zero_grad()
+        losses = model(loader.to_device(batch, torch.device(device)))
+        losses["loss"].backward()
+        gradients = {name: p.grad.cpu().clone() for name, p in model.named_parameters()}
+        found[device] = ({name: loss.item() for name, loss in losses.items()}, gradients)
+    assert found["cuda"][0] == pytest.approx(found["cpu"][0], rel=1e-4)
+    for name, gradient in found["cpu"][1].items():
+        assert torch.allclose(found["cuda"][1][name], gradient, rtol=1e-3, atol=1e-5), name
+
+
+def test_beam_search(room):
+    config, corpus, catalog, model = room
+    with torch.no_grad():
+        model.codebook_TKD.mul_(30)
+    batch = next(loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1))
+    found = {}
+    for device in ("cpu", "cuda"):
+        tree, on_device = GidTree(catalog.gids, 4).to(device), loader.to_device(batch, torch.device(device))
+        item, _ = beam_search(model.to(device), tree, on_device["user"], 20, 10)
+        found[device] = item.cpu()
+    assert torch.equal(found["cuda"], found["cpu"])
