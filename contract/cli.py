@@ -11,7 +11,7 @@ from pathlib import Path
 from contract import config as config_module
 from contract.config import Config
 
-RANK = int(os.environ.get("RANK", 0))
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse(argv: list[str], doc: str) -> tuple[Config, bool]:

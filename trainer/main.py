@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from contract import cli
 from contract.artifacts import STAGES, open_artifact, stage_output
-from contract.cli import RANK, Progress
+from contract.cli import RANK, WORLD_SIZE, Progress
 from contract.tracking import track
 from trainer import checkpoint, distributed
 from trainer import model as model_module
@@ -32,12 +32,12 @@ def main(argv: list[str]) -> None:
         return cli.show_plan(config, reads, config.work_dir / "model") if RANK == 0 else None
     corpus, gid = open_artifact(config, "corpus"), open_artifact(config, "gid")
     with contextlib.ExitStack() as stack:
-        # Rank 0 takes the lock first: when another run holds it, nothing has begun yet.
+        # What can be refused is refused before rank 0 joins the others, which the launcher ends while they wait.
         output = stack.enter_context(stage_output(config, "model")) if RANK == 0 else None
-        rank, world_size, device = stack.enter_context(distributed.process_group())
-        checkpoints = Checkpoints(config, {"corpus": corpus.digest, "gid": gid.digest}, world_size)
+        checkpoints = Checkpoints(config, {"corpus": corpus.digest, "gid": gid.digest}, WORLD_SIZE)
         resumed = checkpoints.find()
         run = stack.enter_context(track(config, "train", run_id=resumed))
+        rank, world_size, device = stack.enter_context(distributed.process_group())
         torch.manual_seed(config.seed)
         catalog = read_catalog(corpus, gid)
         sizes = model_module.sizes(config, catalog)
