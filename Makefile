@@ -15,6 +15,9 @@ endif
 # For a log of megabytes the JVM's second compiler costs more than it gives. SPARK= says what else spark-submit is to do.
 SPARK ?= --driver-java-options -XX:TieredStopAtLevel=1
 
+# Experiment 1 is the first of a store, "colarec" unless tracking.experiment says otherwise.
+MLFLOW_PAGE := http://127.0.0.1:5000/\#/experiments/1/runs?workflowType=machine_learning
+
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
@@ -33,7 +36,7 @@ run: setup  ## the four stages: make run CONFIG=configs/phone.toml ARGS="--train
 	$(BIN)/python gid/build.py --config $(CONFIG) $(ARGS)
 	$(DEEPSPEED) trainer/main.py --config $(CONFIG) $(ARGS)
 	$(DEEPSPEED) eval/main.py --config $(CONFIG) $(ARGS)
-	@echo "Compare runs in MLflow: make mlflow, then open http://127.0.0.1:5000"
+	@echo "Compare runs in MLflow: make mlflow, then open $(MLFLOW_PAGE)"
 
 phone:  ## Amazon Cell Phones, see configs/phone.toml
 	@$(MAKE) --no-print-directory run CONFIG=configs/phone.toml
@@ -41,7 +44,8 @@ phone:  ## Amazon Cell Phones, see configs/phone.toml
 beauty:  ## Amazon Beauty, see configs/beauty.toml
 	@$(MAKE) --no-print-directory run CONFIG=configs/beauty.toml
 
-mlflow: setup  ## MLflow on the runs of this machine, at http://127.0.0.1:5000
+mlflow: setup  ## MLflow on the runs of this machine
+	@echo "open $(MLFLOW_PAGE)"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --workers 1
 
 test: setup  ## the tests that need no GPU and no SLURM, in some three minutes

@@ -78,7 +78,9 @@ def _start(config: Config, stage: str, run_id: str):
                 experiment_id = experiment.experiment_id
             else:
                 experiment_id = client.create_experiment(
-                    config.tracking.experiment, artifact_location=_artifact_location(uri)
+                    config.tracking.experiment,
+                    artifact_location=_artifact_location(uri),
+                    tags={"mlflow.experimentKind": "custom_model_development"},  # the UI opens its runs, not traces
                 )
         if run_id:
             client.update_run(run_id, status="RUNNING")
