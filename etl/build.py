@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     files = readers.input_files(config.data)
     progress = Progress("etl")
     progress(f"starting Spark to read {', '.join(f'{len(paths)} of {key}' for key, paths in files.items())}")
-    with stage_output(config, "corpus") as output, track(config, "corpus") as record:
+    with stage_output(config, "corpus") as output, track(config, "etl") as record:
         with spark_session(f"colarec etl {config.name}") as spark:
             counts, extra = build(spark, config, files, output.path, progress)
         record.metrics(counts)

@@ -2,7 +2,6 @@
 
     python gid/build.py --config configs/demo.toml
     python gid/build.py --config configs/phone.toml --gid.branching=64 --dry-run
-    sbatch cluster/gid.sbatch configs/paper.toml        (on a cluster)
 
 Reads <work>/corpus. Writes <work>/gid:
     gids.parquet           the GID of every item
