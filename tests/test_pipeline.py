@@ -55,7 +55,7 @@ def test_from_a_log_to_a_table(tmp_path):
     }
 
     def call(*words: str) -> str:
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
