@@ -72,7 +72,8 @@ def _start(config: Config, stage: str, run_id: str):
     uri = config.tracking.uri
     try:
         with _creation_lock(uri):
-            client = mlflow.MlflowClient(tracking_uri=uri)
+            mlflow.set_tracking_uri(uri)  # what is flushed at the end, too
+            client = mlflow.MlflowClient()
             experiment = client.get_experiment_by_name(config.tracking.experiment)
             if experiment:
                 experiment_id = experiment.experiment_id

@@ -58,6 +58,18 @@ def test_a_run_holds_the_config_the_metrics_and_how_it_ended(settings, tmp_path)
     assert [file.path for file in kept] == ["config.toml", "note.txt"]
 
 
+def test_every_metric_arrives_and_no_other_store_is_made(settings, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)  # where MLflow's own default store would appear
+    with track(settings, "train") as run:
+        for step in range(300):
+            run.metrics({"loss": float(step)}, step)
+    assert list(elsewhere.iterdir()) == []
+    client = mlflow.MlflowClient(settings.tracking.uri)
+    assert [m.value for m in client.get_metric_history(run.run_id, "loss")] == [float(step) for step in range(300)]
+
+
 def test_an_unreachable_server_is_said_at_once(settings, tmp_path):
     unreachable = config.load(str(tmp_path / "small.toml"), {"tracking.uri": "http://127.0.0.1:9"})
     start = time.monotonic()
