@@ -260,10 +260,7 @@ def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History
 
 
 def to_tensors(arrays: dict) -> dict:
-    return {
-        k: to_tensors(v) if isinstance(v, dict) else torch.from_numpy(np.array(v))
-        for k, v in arrays.items()
-    }
+    return {k: to_tensors(v) if isinstance(v, dict) else torch.from_numpy(np.array(v)) for k, v in arrays.items()}
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
