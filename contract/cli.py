@@ -16,7 +16,11 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 def parse(argv: list[str], doc: str) -> tuple[Config, bool]:
     """Returns (config, dry_run). `doc`, the entry's docstring, heads its --help."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --config FILE [--dry-run] [--SECTION.SETTING=VALUE ...]",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, inputs and outputs; stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

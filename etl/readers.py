@@ -71,7 +71,8 @@ def _expand(setting: str, pattern: str) -> list[Path]:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         files += [f for f in inside if f.is_file() and not f.name.startswith((".", "_"))]
     if not files:
-        raise FileNotFoundError(f"{pattern} does not exist or matches no file; set {setting} (and data.path)")
+        hint = setting if setting == "data.path" else f"{setting} (and data.path)"
+        raise FileNotFoundError(f"{pattern} does not exist or matches no file; set {hint}")
     return files
 
 
