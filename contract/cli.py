@@ -26,7 +26,7 @@ def parse(argv: list[str], doc: str) -> tuple[Config, bool]:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     for key, _, f in config_module.fields():
         choices = f" One of: {', '.join(map(str, f.metadata['choices']))}." if f.metadata["choices"] else ""
-        text = f"{f.metadata['doc']}.{choices} Default: {config_module._toml_value(f.default)}"
+        text = f"{f.metadata['doc']}.{choices} Default: {config_module.toml_value(f.default)}"
         parser.add_argument(f"--{key}", metavar="V", dest=f"set {key}", help=text.replace("%", "%%"))
     # argparse would take --train.l for --train.lr; only whole names are settings.
     parser.allow_abbrev = False

@@ -4,6 +4,7 @@ Dense ids start at 1; index 0 of every table of embeddings is padding. Dense ids
 a keyed hash of the raw id, so that neither popularity nor the order of the input can be read from them.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,7 @@ class Ragged:
     values: np.ndarray
     offsets: np.ndarray
 
-    @property
+    @functools.cached_property  # looked up for every batch, whatever the size of the catalog
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
@@ -75,6 +76,13 @@ class Ragged:
 
     def row(self, i: int) -> np.ndarray:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def take(self, index: np.ndarray) -> "Ragged":
+        """The rows `index` (M,), in that order."""
+        lengths = self.lengths[index]
+        begin = np.concatenate([[0], np.cumsum(lengths)])
+        source = np.repeat(self.offsets[index] - begin[:-1], lengths) + np.arange(begin[-1])
+        return Ragged(self.values[source], begin)
 
 
 def ragged(column: pa.ListArray | pa.ChunkedArray) -> Ragged:

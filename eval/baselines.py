@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from contract import schema
 from contract.artifacts import Artifact
 from eval.metrics import ranking_metrics
-from eval.users import EvalUsers, read_eval_users, take
+from eval.users import EvalUsers, read_eval_users
 
 SHRINKAGES = (0, 10, 100, 1000)
 # On Phone, 200 cost 0.7% of Recall@10 against all neighbours, 1000 cost 0.1%.
@@ -112,7 +112,7 @@ def _neighbours(train: sp.csr_matrix, shrinkage: float) -> sp.csr_matrix:
 
 def _rank_by_similarity(similarity: sp.csr_matrix, users: EvalUsers, k: int, mask_seen: bool) -> np.ndarray:
     def scores(rows: np.ndarray) -> np.ndarray:
-        seen = take(users.history, rows)
+        seen = users.history.take(rows)
         history = sp.csr_matrix(
             (np.ones(len(seen.values)), seen.values, seen.offsets), (len(rows), similarity.shape[0])
         )
@@ -130,7 +130,7 @@ def _rank(
         scores_BI = scores(rows).astype(np.float32)
         scores_BI[:, 0] = -np.inf
         if mask_seen:
-            seen = take(users.history, rows)
+            seen = users.history.take(rows)
             scores_BI[np.repeat(np.arange(len(rows)), seen.lengths), seen.values] = -np.inf
         best = top_items(scores_BI, min(k, num_columns))
         ranked[rows, : best.shape[1]] = best

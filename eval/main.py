@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from contract import cli, schema
-from contract.artifacts import STAGES, Artifact, open_artifact, stage_output
+from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_output
 from contract.cli import RANK, Progress
 from contract.config import Config, Train
 from contract.tracking import track
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(stage_output(config, "eval")) if RANK == 0 else None
         run = stack.enter_context(track(config, "eval"))
-        parts = config.work_dir / ".eval.tmp"
+        parts = Output(config, "eval").path  # of rank 0, for the lists of all
         with process_group() as (rank, world_size, device):
             dist.barrier()  # the folder is there
             np.savez(parts / f".rank-{rank}.npz", **recommend(config, inputs, rank, world_size, device, progress))

@@ -23,7 +23,7 @@ class EvalUsers:
 
     def take(self, rows: np.ndarray) -> "EvalUsers":
         """The users of these rows (ascending), for example a rank's share: `np.arange(rank, len(users), world)`."""
-        return EvalUsers(self.user_idx[rows], take(self.history, rows), take(self.targets, rows))
+        return EvalUsers(self.user_idx[rows], self.history.take(rows), self.targets.take(rows))
 
 
 def read_eval_users(corpus: Artifact, split: str) -> EvalUsers:
@@ -39,7 +39,7 @@ def read_eval_users(corpus: Artifact, split: str) -> EvalUsers:
         raise ValueError(f"{corpus.path} has no {split} users: all items of all users are in other splits")
     user_idx = np.concatenate([block.user_idx for block in blocks])
     lengths = np.concatenate([block.item_idx.lengths for block in blocks])
-    items = Ragged(np.concatenate([block.item_idx.values for block in blocks]), offsets(lengths))
+    items = Ragged(np.concatenate([block.item_idx.values for block in blocks]), _offsets(lengths))
     is_target = np.concatenate([block.is_target for block in blocks])
     rows = np.argsort(user_idx)
     users = EvalUsers(user_idx, _select(items, ~is_target), _select(items, is_target)).take(rows)
@@ -48,19 +48,11 @@ def read_eval_users(corpus: Artifact, split: str) -> EvalUsers:
     return users
 
 
-def offsets(lengths: np.ndarray) -> np.ndarray:
+def _offsets(lengths: np.ndarray) -> np.ndarray:
     """int64 (N + 1,): where the rows of these lengths begin, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def take(rows: Ragged, selected: np.ndarray) -> Ragged:
-    """The selected rows, in that order."""
-    lengths = rows.lengths[selected]
-    begin = offsets(lengths)
-    source = np.repeat(rows.offsets[selected] - begin[:-1], lengths) + np.arange(begin[-1])
-    return Ragged(rows.values[source], begin)
-
-
 def _select(rows: Ragged, keep: np.ndarray) -> Ragged:
     """The values where `keep` is true, in the same rows."""
-    return Ragged(rows.values[keep], offsets(keep)[rows.offsets])
+    return Ragged(rows.values[keep], _offsets(keep)[rows.offsets])

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from contract import config as config_module
 from contract import schema
-from contract.artifacts import stage_output
+from contract.artifacts import open_artifact, stage_output
 from contract.config import Config
+from trainer import model as model_module
+from trainer.inputs import read_catalog
 
 VOCAB_SIZE = 50
 EVENTS = ["view", "purchase"]
@@ -44,6 +47,17 @@ def tiny_config(work: Path, **overrides: str) -> Config:
     changes = {key.replace("__", "."): value for key, value in overrides.items()}
     uri = f"sqlite:///{work.parent / 'mlflow.db'}"
     return config_module.load(str(file), OVERRIDES | {"work": str(work), "tracking.uri": uri} | changes)
+
+
+def tiny_room(work: Path, **overrides: str):
+    """Writes corpus/ and gid/; returns (config, corpus artifact, catalog, an untrained model in eval mode)."""
+    config = tiny_config(work, **overrides)
+    write_corpus(config)
+    write_gids(config)
+    corpus = open_artifact(config, "corpus")
+    catalog = read_catalog(corpus, open_artifact(config, "gid"))
+    torch.manual_seed(0)
+    return config, corpus, catalog, model_module.ColaRec(config, model_module.sizes(config, catalog)).eval()
 
 
 def sequences(num_users: int, num_items: int, seed: int = 0) -> list[np.ndarray]:

@@ -158,13 +158,13 @@ def _assemble(
         arrays["content_row"] = np.zeros((batch, width), np.int64)
         arrays["content_row"][row, slot] = 1 + bag
         counts = catalog.tokens.lengths[items]
-        arrays["content_tokens"] = _gather(catalog.tokens, items).astype(np.int64)
+        arrays["content_tokens"] = catalog.tokens.take(items).values.astype(np.int64)
         arrays["content_offsets"] = np.cumsum(counts) - counts
     else:
         items = item_idx[row, column]
         counts = catalog.tokens.lengths[items]
         position = np.repeat(slot + 1, counts) + ragged_arange(counts)
-        arrays["token"][np.repeat(row, counts), position] = _gather(catalog.tokens, items)
+        arrays["token"][np.repeat(row, counts), position] = catalog.tokens.take(items).values
     arrays["mask"] = np.arange(width) <= eos[:, None]
     arrays["eos"] = eos
     return arrays
@@ -174,12 +174,6 @@ def ragged_arange(lengths: np.ndarray) -> np.ndarray:
     """0..lengths[0]-1, 0..lengths[1]-1, ... as one int64 array."""
     ends = np.cumsum(lengths)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
-
-
-def _gather(rows: Ragged, index: np.ndarray) -> np.ndarray:
-    """The values of rows `index`, one after another."""
-    lengths = rows.lengths[index]
-    return rows.values[np.repeat(rows.offsets[index], lengths) + ragged_arange(lengths)]
 
 
 def _mix(values: np.ndarray, key: int) -> np.ndarray:

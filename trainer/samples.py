@@ -1,5 +1,6 @@
 """Samples from shards: blocks of user sequences, what is visible of a user at a target, and negatives."""
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +25,20 @@ class Block:
     is_target: np.ndarray  # bool
     shard: str  # for messages
 
-    @property
+    @functools.cached_property
     def row(self) -> np.ndarray:
         """int64: the user row of every event."""
         return np.repeat(np.arange(len(self.user_idx)), self.item_idx.lengths)
+
+    @functools.cached_property
+    def owned(self) -> np.ndarray:
+        """int64, sorted: `pair_key` of every event, to look up whether a user has an item."""
+        return np.sort(pair_key(self.row, self.item_idx.values))
+
+
+def pair_key(row: np.ndarray, item_idx: np.ndarray) -> np.ndarray:
+    """int64: one number for a (user row, item)."""
+    return (row.astype(np.int64) << 32) | item_idx
 
 
 def read_shard(shard: Path) -> Block:
@@ -65,7 +76,7 @@ def train_histories(
     config: Config, catalog: Catalog, block: Block, targets: np.ndarray, rng: np.random.Generator
 ) -> History:
     """What is visible of the user at each target event (T,): never the target; in order 'time' only earlier events."""
-    row = np.searchsorted(block.item_idx.offsets, targets, side="right") - 1
+    row = block.row[targets]
     begin, end = block.item_idx.offsets[row], block.item_idx.offsets[row + 1]
     if config.history.order == "time":
         return _window(catalog, block, begin, targets, config.history.train_items)
@@ -136,14 +147,12 @@ def _lookup(block: Block, event: np.ndarray, filled: np.ndarray) -> History:
 def draw_negatives(catalog: Catalog, block: Block, targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """int64 (T,): for each target event a uniform item that its user has not in this block and whose l-1 prefix is
     another one. Where a user leaves no such item within 50 draws, the last draw stands."""
-    stride = catalog.num_items + 1
-    owned = np.sort(block.row * stride + block.item_idx.values)
-    row = np.searchsorted(block.item_idx.offsets, targets, side="right") - 1
+    stride, owned, row = catalog.num_items + 1, block.owned, block.row[targets]
     group = catalog.group[block.item_idx.values[targets]]
     negatives = rng.integers(1, stride, len(targets))
     redraw = np.arange(len(targets))
     for _ in range(50):
-        key = row[redraw] * stride + negatives[redraw]
+        key = pair_key(row[redraw], negatives[redraw])
         found = owned[np.minimum(np.searchsorted(owned, key), len(owned) - 1)] == key
         redraw = redraw[found | (catalog.group[negatives[redraw]] == group[redraw])]
         if not len(redraw):

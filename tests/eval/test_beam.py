@@ -4,13 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from contract.artifacts import open_artifact
 from eval.beam import beam_search
 from gid.tree import GidTree
 from tests import tiny
 from trainer import loader
-from trainer import model as model_module
-from trainer.inputs import read_catalog
 
 
 @pytest.fixture
@@ -18,13 +15,7 @@ def room(tmp_path):
     """A function (**overrides) -> (model with weights far from its start, tree, catalog, an eval batch)."""
 
     def make(**overrides):
-        config = tiny.tiny_config(tmp_path / "work", model__num_decoder_layers="2", **overrides)
-        tiny.write_corpus(config)
-        tiny.write_gids(config)
-        corpus = open_artifact(config, "corpus")
-        catalog = read_catalog(corpus, open_artifact(config, "gid"))
-        torch.manual_seed(0)
-        model = model_module.ColaRec(config, model_module.sizes(config, catalog)).eval()
+        config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", model__num_decoder_layers="2", **overrides)
         with torch.no_grad():
             model.codebook_TKD.mul_(30)  # probabilities that differ clearly between codes and between users
             model.start_D.mul_(10)

@@ -3,27 +3,17 @@
 import pytest
 import torch
 
-from contract.artifacts import open_artifact
 from eval.beam import beam_search
 from gid.tree import GidTree
 from tests import tiny
 from trainer import loader
-from trainer import model as model_module
-from trainer.inputs import read_catalog
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
 def room(tmp_path):
-    config = tiny.tiny_config(tmp_path / "work")
-    tiny.write_corpus(config)
-    tiny.write_gids(config)
-    corpus = open_artifact(config, "corpus")
-    catalog = read_catalog(corpus, open_artifact(config, "gid"))
-    torch.manual_seed(0)
-    model = model_module.ColaRec(config, model_module.sizes(config, catalog)).eval()
-    return config, corpus, catalog, model
+    return tiny.tiny_room(tmp_path / "work")
 
 
 def test_losses_and_gradients(room):

@@ -4,19 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from contract.artifacts import open_artifact
 from tests import tiny
 from trainer import loader, samples
-from trainer.inputs import read_catalog
 
 
 @pytest.fixture
 def room(tmp_path):
-    config = tiny.tiny_config(tmp_path / "work")
-    tiny.write_corpus(config)
-    tiny.write_gids(config)
-    corpus = open_artifact(config, "corpus")
-    return config, corpus, read_catalog(corpus, open_artifact(config, "gid"))
+    config, corpus, catalog, _ = tiny.tiny_room(tmp_path / "work")
+    return config, corpus, catalog
 
 
 def batches(room, rank=0, world_size=1, steps=range(25), workers=0):

@@ -3,11 +3,9 @@ import math
 import pytest
 import torch
 
-from contract.artifacts import open_artifact
 from tests import tiny
 from trainer import loader
 from trainer import model as model_module
-from trainer.inputs import read_catalog
 
 
 @pytest.fixture
@@ -15,13 +13,7 @@ def room(tmp_path):
     """A function (**overrides) -> (config, model in eval mode, first batch)."""
 
     def make(**overrides):
-        config = tiny.tiny_config(tmp_path / "work", **overrides)
-        tiny.write_corpus(config)
-        tiny.write_gids(config)
-        corpus = open_artifact(config, "corpus")
-        catalog = read_catalog(corpus, open_artifact(config, "gid"))
-        torch.manual_seed(0)
-        model = model_module.ColaRec(config, model_module.sizes(config, catalog)).eval()
+        config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", **overrides)
         shards = loader.shard_paths(corpus, "train")
         batch = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(3), 10)))
         return config, model, batch
