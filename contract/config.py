@@ -46,26 +46,42 @@ class Etl:
     """From the log to corpus/."""
 
     events: tuple[str, ...] = _opt((), "event types to keep, weakest first; empty: all that occur")
+    event_weights: tuple[float, ...] = _opt(
+        (), "weight of each of etl.events as a training target, in their order; empty: all weigh 1"
+    )
     repeats: str = _opt(
         "first",
-        "several events of a user on an item: 'first' counts the item once, at its first time and with its "
-        "strongest event type; 'keep' keeps them all (then eval.mask_seen must be false)",
-        ("first", "keep"),
+        "several events of a user on an item: 'first' keeps the first only; 'collapse' the first of each run of the "
+        "same item; 'keep' all that differ in time or type (these two need eval.mask_seen = false)",
+        ("first", "collapse", "keep"),
     )
     min_user: int = _opt(5, "k-core: events a user must have; 0: no limit", low=0)
     min_item: int = _opt(5, "k-core: events an item must have; 0: keep the whole catalog, cold items too", low=0)
-    max_user_events: int = _opt(1000, "keep only the latest events of a user, at most so many", low=1)
+    max_user_events: int = _opt(1000, "only the latest rows of a user count, at most so many", low=1)
+    max_daily_events: int = _opt(0, "leave out users with more rows than this on any day (UTC): bots; 0: none", low=0)
     max_bad_share: float = _opt(0.01, "stop when a larger share of the rows is unusable", low=0, high=1)
+    pseudonym_key: str = _opt(
+        "",
+        "name of the environment variable that holds a secret; user ids are then replaced by their HMAC-SHA256 under "
+        "it; empty: ids stay",
+    )
     split: str = _opt(
         "leave_one_out",
-        "'leave_one_out': a user's last item is test, the one before valid; 'given': as the input says",
-        ("leave_one_out", "given"),
+        "'leave_one_out': a user's last event is test, the one before valid; 'temporal': the last etl.test_days are "
+        "test, the etl.valid_days before them valid; 'otto': the same days, as OTTO's sessions are split; 'random': "
+        "by etl.split_shares of each user; 'given': as the input says",
+        ("leave_one_out", "temporal", "otto", "random", "given"),
     )
+    test_days: float = _opt(7.0, "days before the log's last event that are test ('temporal', 'otto')", low=0)
+    valid_days: float = _opt(7.0, "days before those that are valid ('temporal', 'otto')", low=0)
+    split_shares: tuple[float, ...] = _opt((0.8, 0.1, 0.1), "train, valid and test share of a user ('random')")
     valid_in_history: bool = _opt(True, "valid items are part of the history (and of the seen items) at test time")
+    tokenizer: str = _opt("", "folder of a SentencePiece tokenizer (spiece.model) to use; empty: train one on the texts")
     vocab_size: int = _opt(8000, "SentencePiece vocabulary, pieces; reduced when the text does not hold so many", low=1)
     max_item_tokens: int = _opt(30, "content tokens kept of an item", low=1)
+    max_text: int = _opt(2000, "characters kept of an item's text", low=1)
     max_users_per_item: int = _opt(64, "train users sampled per item for the user slots", low=1)
-    num_shards: int = _opt(16, "WebDataset shards per split", low=1)
+    num_shards: int = _opt(16, "WebDataset shards per split; the tasks that write them can be as many at once", low=1)
 
 
 @dataclass(frozen=True)

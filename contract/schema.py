@@ -17,6 +17,8 @@ PAD, EOS, UNK = 0, 1, 2
 
 TRAIN, VALID, TEST = 0, 1, 2
 SPLITS = ("train", "valid", "test")
+# Of interactions/ only: what is known of a held-out session at evaluation, and is no training data.
+CONTEXT = 3
 
 # Time of an event that the input gives none for (given splits often name valid and test pairs only).
 NO_TIME = -1
@@ -38,7 +40,7 @@ INTERACTIONS = pa.schema(
         ("item_idx", pa.int32()),
         ("ts", pa.int64()),  # ms, or the position when data.time_unit = 'order'
         ("event", pa.int8()),  # 0 unknown, else 1 + position in the manifest's "events"
-        ("split", pa.int8()),  # TRAIN, VALID, TEST
+        ("split", pa.int8()),  # TRAIN, VALID, TEST, CONTEXT
     ]
 )
 ITEM_USERS = pa.schema([("item_idx", pa.int32()), ("user_idxs", pa.list_(pa.int64()))])  # train split only

@@ -5,9 +5,9 @@
     spark-submit --master spark://host:7077 etl/build.py --config my.toml --work=/shared/runs/my
     python etl/build.py --config configs/demo.toml          # the same as the first
 
-On a cluster the input and the work folder lie on a file system that all machines see under the same path. Spark's
-settings are spark-submit's (--conf spark.sql.shuffle.partitions=...); a log of megabytes is done in half the time
-with --driver-java-options -XX:TieredStopAtLevel=1.
+On a cluster the input and the work folder lie on a file system that all machines see under the same path; docs/etl.md
+has the rest. Spark's settings are spark-submit's (--conf spark.sql.shuffle.partitions=...); a log of megabytes is done
+in half the time with --driver-java-options -XX:TieredStopAtLevel=1.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from contract import schema
@@ -23,7 +23,8 @@ from contract.artifacts import MAX_BYTES_HASHED_ON_OPEN, sha256, stage_output
 from contract.cli import Progress, parse, run, show_plan
 from contract.config import Config
 from contract.tracking import track
-from etl import clean, content, corpus, readers, split
+from etl import account, blocks, content, corpus, hygiene, readers, report, split
+from etl.kcore import k_core
 from etl.session import spark_session
 
 
@@ -34,105 +35,117 @@ def main(argv: list[str]) -> None:
         show_plan(config, reads, config.work_dir / "corpus")
         return
     files = readers.input_files(config.data)
+    key = hygiene.pseudonym_key(config.etl)
     progress = Progress("etl")
-    progress(f"starting Spark to read {', '.join(f'{len(paths)} of {key}' for key, paths in files.items())}")
+    progress(f"starting Spark to read {', '.join(f'{len(paths)} of {name}' for name, paths in files.items())}")
     with stage_output(config, "corpus") as output, track(config, "etl") as record:
         with spark_session(f"colarec etl {config.name}") as spark:
-            counts, extra = build(spark, config, files, output.path, progress)
+            counts, extra = build(spark, config, files, key, output.path, progress)
         record.metrics(counts)
+        for name in ("report.html", "report.json"):
+            record.artifact(output.path / name)
         artifact = output.commit(counts, {"raw": digest(files)}, **extra)
-    progress(f"wrote {artifact.path}")
+    progress(f"wrote {artifact.path}; {artifact.path / 'report.html'} shows what became of the log")
 
 
 def build(
-    spark: SparkSession, config: Config, files: dict[str, list[Path]], folder: Path, progress: Progress
+    spark: SparkSession,
+    config: Config,
+    files: dict[str, list[Path]],
+    key: bytes | None,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[dict[str, int], dict]:
     """Writes the files of corpus/ into `folder`; returns the manifest's counts and its extra keys."""
     etl, seed = config.etl, config.seed
+    stage = folder / "_stage"
+    stage.mkdir()
 
     # What can be used of the log, and of what the items say
     log = readers.read_events(spark, config, files)
-    log = clean.mark_bad(log, config.data.time_unit, now_ms=time.time_ns() // 10**6).persist()
-    found = clean.profile(log, "log")
+    log = hygiene.mark_bad(log, config.data.time_unit, now_ms=time.time_ns() // 10**6)
+    log = hygiene.with_pseudonyms(log, key) if key else log
+    hygiene.check_head(log, "log")
+    census = staged(hygiene.census(log), stage / "census")
+    found = hygiene.profile(census)
     progress(f"log: {found}")
-    catalog = readers.read_items(spark, config.data, files).persist()
-    found_items = clean.profile(catalog, "catalog")
+    hygiene.check_bad_share(found, log, "log", etl.max_bad_share)
+    types = hygiene.event_types(found, etl.events)
+    listed = readers.read_items(spark, config.data, files).persist()
+    found_items = hygiene.profile(hygiene.census(listed.withColumn("event", F.lit(""))))
     progress(f"catalog: {found_items}")
-    for rows, what, seen in ((log, "log", found), (catalog, "catalog", found_items)):
-        clean.check_bad_share(seen, what, etl.max_bad_share)
-        if seen.num_bad:
-            corpus.write_quarantine(rows, folder / "quarantine" / what)
+    hygiene.check_bad_share(found_items, listed, "catalog", etl.max_bad_share)
+    texts = corpus.texts(listed)
+    catalog = corpus.number_catalog(hygiene.items(census, etl.events), texts, seed, stage / "catalog")
 
     # Which events count
-    types = clean.event_types(found, etl.events)
-    merged = clean.with_age(clean.merge_repeats(log, types, bool(etl.events), etl.repeats)).persist()
-    steps = clean.count_merged(merged, found.num_good, etl.max_user_events)
-    progress(f"events: {spoken(steps)}")
-    log.unpersist()
-    events = merged.where(F.col("age") <= etl.max_user_events)
+    if etl.max_daily_events:
+        log, num_bots = hygiene.without_bots(log, etl.max_daily_events)
+        progress(f"bots: {num_bots:,} users had more than {etl.max_daily_events:,} events on a day")
+    source = blocks.Source(next(iter(files.values())), readers.granule_bytes(spark))
+    gathered = blocks.gather(log, source, types, etl, seed, stage / "catalog", stage)
+    cleaning = account.cleaning_steps(config, found, types, gathered)
+    progress(f"events: {account.spoken(cleaning)}")
+    rounds = []
     if max(etl.min_user, etl.min_item) > 1:
-        rounds = clean.k_core(events, etl.min_user, etl.min_item)
-        for number, (core, num_users, num_items) in enumerate(rounds, start=1):
-            events = core
+        for core in k_core(spark, gathered.blocks, etl.min_user, etl.min_item, stage):
+            rounds.append(core)
             progress(
-                f"k-core round {number}: {num_users:,} users with {etl.min_user} events or more, "
-                f"{num_items:,} items with {etl.min_item} or more"
+                f"k-core round {len(rounds)}: {core.num_users:,} users with {etl.min_user} events or more, "
+                f"{core.num_items:,} items with {etl.min_item} or more"
             )
 
     # Train, valid and test
-    events = split.with_position(events)
-    events = split.leave_one_out(events) if etl.split == "leave_one_out" else events
-    # Read back from files, the events have a plan of one step, whatever the number of rounds behind them.
-    stage = folder / "_events"
-    events.drop("age", "num_rows", "num_distinct", "num_splits").write.parquet(str(stage))
-    events = spark.read.parquet(str(stage))
-    merged.unpersist()
-    split.check_no_leak(events, etl.repeats, etl.split)
-
-    # Dense ids, tables
-    users, num_users = corpus.with_dense_index(events.select("user_id").distinct(), "user_id", seed, "user_idx")
-    if not num_users:
+    out = rounds[-1].out if rounds else []
+    bounds = split.bounds(etl, gathered.span[1])
+    settled = split.settle(spark, gathered.blocks, out, etl, seed, bounds, stage)
+    if not settled:
         raise ValueError(
             f"no user is left with etl.min_user = {etl.min_user} and etl.min_item = {etl.min_item}; lower them"
         )
-    users = corpus.write_parquet(users, schema.USERS, num_users, num_users, folder / "users.parquet")
-    texts = corpus.texts(catalog)
-    item_ids = corpus.item_ids(events, texts, whole_catalog=etl.min_item == 0)
-    items, num_items = corpus.with_dense_index(item_ids, "item_id", seed, "item_idx")
-    items = content.with_normal_text(items.join(texts, "item_id", "left")).persist()
-    interactions = corpus.dense_interactions(events, users, items)
-    interactions = corpus.write_parquet(
-        interactions, corpus.INTERACTIONS, steps["num_events"], num_users, folder / "interactions"
-    )
-    sizes = {"num_users": num_users, "num_items": num_items, **corpus.count_splits(interactions)}
-    sizes["num_cold_items"] = num_items - sizes.pop("num_train_items")
-    progress(f"split: {spoken(sizes)}")
 
-    # What the items say
-    model = content.train_tokenizer(items, etl.vocab_size, etl.max_item_tokens, folder / "tokenizer")
-    vocab_size, num_textless = content.vocab_size(model), items.where(F.col("text") == "").count()
-    progress(f"tokenizer: {vocab_size:,} pieces; {num_textless:,} items have no text")
-    items = corpus.with_statistics(content.with_token_ids(items, model, etl.max_item_tokens), interactions)
-    corpus.write_parquet(items, schema.ITEMS, num_items, num_items, folder / "items.parquet")
-    item_users = corpus.item_users(interactions, etl.max_users_per_item, seed)
-    corpus.write_parquet(item_users, schema.ITEM_USERS, num_items, num_items, folder / "item_users.parquet")
+    # Items and what they say
+    statistics = split.read_statistics(spark, settled, stage)
+    items, num_items = corpus.dense_items(catalog, statistics, etl.min_item == 0, seed)
+    items = staged(content.with_normal_text(items.join(texts, "item_id", "left"), etl.max_text), stage / "items")
+    model = content.tokenizer(items, etl, folder / "tokenizer")
+    tokenised = content.with_token_ids(items, model, etl.max_item_tokens)
+    tokenised = corpus.write_parquet(tokenised, schema.ITEMS, num_items, num_items, folder / "items.parquet")
 
-    # Shards
-    histories = corpus.histories(interactions).persist()
-    shards = {}
-    for code, name in enumerate(schema.SPLITS):
-        rows = corpus.sequences(histories, code, etl.valid_in_history)
-        shards[name] = corpus.write_shards(rows, name, etl.num_shards, seed, folder)
-        progress(f"{name}: {len(shards[name])} shards, {sum(s['num_users'] for s in shards[name]):,} users")
+    progress(f"items: {num_items:,}, {content.vocab_size(model):,} pieces of text")
+
+    # Users, what they did, shards
+    shards = corpus.plan_shards(settled, etl.num_shards)
+    dated = config.data.time_unit != "order"
+    written = corpus.write_shards(spark, shards, stage / "items", etl, seed, dated, stage, folder)
+    split.check_clock([shard.spans for shard in written], etl.split)
+    progress(f"shards: {len(shards):,} parts of the users, with their valid and test shards")
+    pairs = [stage / shard.pairs for shard in written]
+    corpus.write_item_users(spark, pairs, num_items, etl.max_users_per_item, folder / "item_users.parquet")
+
+    # What became of the rest
+    corpus.keep_quarantine(gathered.quarantine, folder / "quarantine" / "log", stage)
+    if found_items.num_bad:
+        source = blocks.Source(files.get("data.items", source.files), source.granule)
+        corpus.quarantine_catalog(listed, source, folder / "quarantine" / "catalog", stage)
+    counts = account.corpus_counts(found, found_items, cleaning, written, items)
+    counts["vocab_size"] = content.vocab_size(model)
+    progress(f"corpus: {account.spoken_counts(counts)}")
+    steps = account.all_steps(cleaning, rounds, counts)
+    quarantine = account.quarantine({"log": found, "catalog": found_items}, folder / "quarantine")
+    summary = account.report(config, steps, rounds, quarantine, types, written, counts)
+    summary["events_per_item"] = account.log_bins(items, F.col("num"))
+    summary["content"]["tokens_per_item"] = account.log_bins(tokenised, F.size("token_ids"))
+    report.write_report(summary, folder)
     shutil.rmtree(stage)
-
-    counts = {"num_rows_read": found.num_read, "num_rows_bad": found.num_bad, **steps, **sizes}
-    counts |= {"num_items_bad": found_items.num_bad, "num_items_without_text": num_textless, "vocab_size": vocab_size}
-    return counts, {"events": types, "shards": shards, "time_unit": config.data.time_unit}
+    extra = {"events": types, "event_weights": list(etl.event_weights) or [1.0] * len(types)}
+    return counts, extra | {"shards": account.shard_list(written), "time_unit": config.data.time_unit}
 
 
-def spoken(counts: dict[str, int]) -> str:
-    return ", ".join(f"{value:,} {key.removeprefix('num_').replace('_', ' ')}" for key, value in counts.items())
+def staged(table: DataFrame, folder: Path) -> DataFrame:
+    """The table, computed once and read back from files, which outlive the executor that computed them."""
+    table.write.parquet(str(folder))
+    return table.sparkSession.read.parquet(str(folder))
 
 
 def digest(files: dict[str, list[Path]]) -> str:

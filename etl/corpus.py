@@ -1,7 +1,7 @@
 """The files of corpus/: dense ids, Parquet tables and WebDataset shards, the same bytes for the same input.
 
-Executors write under names that no other attempt of the task can have; the driver renames only what the job
-returned. So a lost executor, a retry or a speculative copy leaves files behind that nobody reads, never two of one.
+Users are numbered in the order of their blocks, which is that of a keyed hash, so a run of numbers is a random sample
+of them: shard s holds the s-th run. The task of a shard writes all there is of its users.
 """
 
 import functools
@@ -9,32 +9,85 @@ import io
 import itertools
 import shutil
 import tarfile
-import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from contract import schema
+from contract.config import Etl
+from etl.blocks import Block, Source, item_key, read_block, write_quarantine
+from etl.split import Settled, check_no_leak, mixed
+from etl.tasks import run_tasks, unique_name
 
 BUCKET_BITS = 10  # a billion ids: a million in a bucket, which one task sorts
 ROWS_PER_FILE = 1 << 20
 ROWS_PER_GROUP = 1 << 16  # of a Parquet file
+MS_PER_DAY = 86_400_000
 # interactions/ with the place of the event among its user's, which decides between equal times
 INTERACTIONS = schema.INTERACTIONS.append(pa.field("position", pa.int32()))
+CATALOG = pa.schema(
+    [("number", pa.int32()), ("item_key", pa.int64()), ("item_id", pa.string()), ("listed", pa.bool_())]
+)
+_PAIRS = pa.schema([("item_idx", pa.int32()), ("drawn", pa.int64()), ("user_idx", pa.int64())])
+# Of an item with many users so many times max_users_per_item are drawn, so that hardly ever too few are.
+OVERDRAW = 1.25
+
+
+# --- items ---
+
+
+def texts(catalog: DataFrame) -> DataFrame:
+    """Good item rows -> item_id, text: of several rows of an item the last one in the input order."""
+    last = F.max_by("text", "order").alias("text")
+    return catalog.where(F.col("reason").isNull()).groupBy("item_id").agg(last)
+
+
+def number_catalog(occurring: DataFrame, texts: DataFrame, seed: int, folder: Path) -> DataFrame:
+    """Writes CATALOG: every item_id that occurs in the log or has a text, numbered 0.. in the order of its keyed hash.
+
+    Raises:
+        ValueError: two ids have the same hash.
+    """
+    ids = occurring.select("item_id", F.lit(False).alias("listed")).unionByName(
+        texts.select("item_id", F.lit(True).alias("listed"))
+    )
+    ids = ids.groupBy("item_id").agg(F.max("listed").alias("listed")).withColumn("item_key", item_key(seed))
+    numbered, num_items = with_dense_index(ids, "item_id", seed, "number")
+    numbered = numbered.withColumn("number", (F.col("number") - 1).cast("int"))
+    catalog = write_parquet(numbered, CATALOG, num_items, num_items, folder)
+    if catalog.select(F.count_distinct("item_key")).first()[0] != num_items:
+        raise ValueError(f"two item ids have the same 64-bit hash under seed = {seed}; choose another seed")
+    return catalog
+
+
+def dense_items(catalog: DataFrame, statistics: DataFrame, whole: bool, seed: int) -> tuple[DataFrame, int]:
+    """Numbers 1..I the items with an event left, if `whole` also those that only have a text.
+
+    Returns (number, item_idx, item_id, num (events), num_train, first_ts; I).
+
+    Args:
+        catalog: of `number_catalog`.
+        statistics: of `split.read_statistics`.
+    """
+    left = catalog.join(statistics.withColumnRenamed("item", "number"), "number", "left")
+    left = left.where(F.col("num").isNotNull() | (F.col("listed") if whole else F.lit(False)))
+    left = left.fillna({"num": 0, "num_train": 0, "first_ts": schema.NO_TIME})
+    return with_dense_index(left.drop("listed", "item_key"), "item_id", seed, "item_idx")
 
 
 def with_dense_index(ids: DataFrame, key: str, seed: int, index: str) -> tuple[DataFrame, int]:
     """Numbers the rows, whose keys differ, 1..N in the order of (xxhash64(seed, key), key): a keyed permutation.
 
     Returns (ids with `index` long added, N). Neither the order of the input nor its partitions have any influence.
-    The hash is sorted bucket by bucket, and a bucket's offset follows from the counts of the ones before, so no task
-    sees all ids.
+    The hash, unsigned, is sorted bucket by bucket, and a bucket's offset follows from the counts of the ones before,
+    so no task sees all ids.
     """
     hash_ = F.xxhash64(F.lit(seed).cast("long"), F.col(key))
     bucket = F.shiftrightunsigned("_hash", 64 - BUCKET_BITS).cast("int")
@@ -49,206 +102,359 @@ def with_dense_index(ids: DataFrame, key: str, seed: int, index: str) -> tuple[D
     return numbered.withColumn(index, dense.cast("long")).select(*ids.columns, index), int(sizes.sum())
 
 
-def dense_interactions(events: DataFrame, users: DataFrame, items: DataFrame) -> DataFrame:
-    """Split events with raw ids -> user_idx long, item_idx int, ts long, event byte, split byte, position int."""
-    return (
-        events.join(users, "user_id", "inner")
-        .join(items.select("item_id", "item_idx"), "item_id", "inner")
-        .select(
-            "user_idx",
-            "item_idx",
-            F.coalesce("ts", F.lit(schema.NO_TIME)).cast("long").alias("ts"),
-            F.col("event").cast("byte"),
-            F.col("split").cast("byte"),
-            "position",
+def write_item_users(spark: SparkSession, pairs: list[Path], num_items: int, max_users: int, folder: Path) -> None:
+    """Writes schema.ITEM_USERS from the files that shards left: of an item the max_users that were drawn first."""
+    rows = spark.read.schema("item_idx int, drawn long, user_idx long").parquet(*map(str, pairs))
+    num_files = 1 + num_items * max_users // (8 * ROWS_PER_FILE)
+    part = F.floor((F.col("item_idx") - 1) * num_files / num_items).cast("int")
+    write = functools.partial(_user_lists, max_users=max_users)
+    folder.mkdir()
+    rows = rows.select(part.alias("part"), *_PAIRS.names)
+    _write_files(rows, ["item_idx", "drawn", "user_idx"], _PAIRS, num_files, write, folder, "part-{:05d}.parquet")
+
+
+def _user_lists(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path, max_users: int) -> None:
+    """Pairs sorted by item -> a Parquet file of one row per item."""
+    with pq.ParquetWriter(path, schema.ITEM_USERS) as file:
+        for table in _whole_items(batches):
+            item = table["item_idx"].to_numpy()
+            starts = np.flatnonzero(np.concatenate([[True], item[1:] != item[:-1]]))
+            sizes = np.diff(starts, append=len(item))
+            first = np.arange(len(item)) - np.repeat(starts, sizes) < max_users
+            sizes = np.minimum(sizes, max_users)
+            user, row = table["user_idx"].to_numpy()[first], np.repeat(np.arange(len(sizes)), sizes)
+            lists = pa.ListArray.from_arrays(_offsets(sizes), pa.array(user[np.lexsort((user, row))]))
+            file.write_table(pa.table([pa.array(item[starts]), lists], schema=schema.ITEM_USERS), ROWS_PER_GROUP)
+
+
+def _whole_items(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Tables of some million rows that end where an item does."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        item = batch["item_idx"].to_numpy()
+        if sum(b.num_rows for b in waiting) >= ROWS_PER_FILE and item[0] != item[-1]:
+            cut = int(np.searchsorted(item, item[-1]))
+            yield pa.Table.from_batches([*waiting, batch.slice(0, cut)])
+            waiting, batch = [], batch.slice(cut)
+        waiting.append(batch)
+    if waiting:
+        yield pa.Table.from_batches(waiting)
+
+
+# --- users, and what they did ---
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The task that writes users first_user .. last_user - 1 (1 is the first of all)."""
+
+    number: int
+    first_user: int
+    pieces: list[tuple[str, int, int]]  # (block, its users first..last - 1)
+
+
+class File(NamedTuple):
+    """A file of a shard: the name it was written under, what it is to be called."""
+
+    written: str
+    name: str
+    num_rows: int
+    num_values: int  # of a shard the events of its users
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the task of a shard wrote and counted."""
+
+    files: dict[str, File]  # by split, "users" and "interactions"
+    pairs: str  # Parquet file of _PAIRS
+    num_by_split: list[int]  # events, by split code
+    num_cold_users: int  # with held-out events and no train event
+    num_by_length: np.ndarray  # int64 (64,): users with 2^b .. 2^(b+1) - 1 events
+    num_by_type: np.ndarray  # int64 (128,): events, by code
+    activity: dict[int, list[int]]  # day since 1970 -> events, by split
+    spans: dict[int, tuple[int, int]]  # split code -> (the first ts, the last ts) of its events
+    latest_history: dict[int, int]  # VALID, TEST -> ts
+
+
+def plan_shards(blocks: list[Settled], num_shards: int) -> list[Shard]:
+    """Deals all users to shards in runs, so that shards differ by one user at most; fewer users make fewer shards."""
+    offsets = np.cumsum([0, *(block.num_users for block in blocks)])
+    num_users = int(offsets[-1])
+    num_shards = min(num_shards, num_users)
+    shards = []
+    for number in range(num_shards):
+        first, last = number * num_users // num_shards, (number + 1) * num_users // num_shards
+        pieces = []
+        for index in range(np.searchsorted(offsets, first, "right") - 1, np.searchsorted(offsets, last, "left")):
+            begin = int(offsets[index])
+            pieces.append((blocks[index].name, max(first - begin, 0), min(last - begin, blocks[index].num_users)))
+        shards.append(Shard(number, first + 1, pieces))
+    return shards
+
+
+def write_shards(
+    spark: SparkSession, shards: list[Shard], items: Path, etl: Etl, seed: int, dated: bool, stage: Path, folder: Path
+) -> list[Written]:
+    """Writes users.parquet, interactions/ and the WebDataset shards into `folder`, and pairs for the item users.
+
+    `items` is a Parquet folder of number (of the catalog), item_idx, num_train. `dated`: times are dates.
+    """
+    task = functools.partial(_write_shard, items=items, etl=etl, seed=seed, dated=dated, stage=stage)
+    written = run_tasks(spark, task, shards)
+    for table in ("users.parquet", "interactions"):
+        (folder / table).mkdir()
+    for shard in written:
+        for file in shard.files.values():
+            (stage / file.written).rename(folder / file.name)
+    return written
+
+
+def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, stage: Path) -> Written:
+    mapping = pq.read_table(items, columns=["number", "item_idx", "num_train"]).sort_by("number")
+    mapping = [mapping[name].to_numpy() for name in mapping.column_names]
+    writers = {
+        "users": _ParquetFile(stage, f"users.parquet/part-{shard.number:05d}.parquet", schema.USERS),
+        "interactions": _ParquetFile(stage, f"interactions/part-{shard.number:05d}.parquet", INTERACTIONS),
+        **{name: _ShardFile(stage, f"{name}-{shard.number:05d}.tar") for name in schema.SPLITS},
+    }
+    pairs = _ParquetFile(stage, "", _PAIRS)
+    num_by_split, num_by_length, num_by_type = np.zeros(4, np.int64), np.zeros(64, np.int64), np.zeros(128, np.int64)
+    activity, spans, num_cold_users = {}, {}, 0
+    first_user = shard.first_user
+    for name, first, last in shard.pieces:
+        block = read_block(stage, name).slice(first, last)
+        user_idx = np.arange(first_user, first_user + len(block.num_events))
+        first_user += len(user_idx)
+        place = np.searchsorted(mapping[0], block.item)
+        item_idx, num_train = (values[place][block.code] for values in mapping[1:])
+        writers["users"].write(user_idx=user_idx, user_id=block.user_id)
+        writers["interactions"].write(
+            user_idx=user_idx[block.row],
+            item_idx=item_idx,
+            ts=block.ts,
+            event=block.event,
+            split=block.split,
+            position=np.arange(1, len(block.code) + 1) - np.repeat(block.starts, block.num_events),
         )
+        for code, split in enumerate(schema.SPLITS):
+            writers[split].write(sequences(block, user_idx, item_idx, code, etl.valid_in_history))
+        pairs.write(**_drawn_pairs(block, user_idx, item_idx, num_train, etl.max_users_per_item, seed))
+        num_by_split += np.bincount(block.split, minlength=4)
+        num_by_length += np.bincount(np.log2(block.num_events).astype(int), minlength=64)
+        num_by_type += np.bincount(block.event, minlength=128)
+        held_out = block.per_user((block.split == schema.VALID) | (block.split == schema.TEST)) > 0
+        num_cold_users += int((held_out & (block.per_user(block.split == schema.TRAIN) == 0)).sum())
+        known = block.ts != schema.NO_TIME
+        for code in np.unique(block.split[known]).tolist():
+            ts = block.ts[known & (block.split == code)]
+            low, high = spans.get(code, (ts[0], ts[0]))
+            spans[code] = (int(min(low, ts.min())), int(max(high, ts.max())))
+            if dated:
+                for day, num in zip(*np.unique(ts // MS_PER_DAY, return_counts=True), strict=True):
+                    activity.setdefault(int(day), [0, 0, 0, 0])[code] += int(num)
+    files = {name: file for name, writer in writers.items() if (file := writer.close())}
+    latest_history = {
+        code: check_no_leak(read_sequences(stage / files[split].written), etl, code)[0]
+        for code, split in enumerate(schema.SPLITS)
+        if code != schema.TRAIN and split in files
+    }
+    return Written(
+        files,
+        pairs.close().written,
+        num_by_split.tolist(),
+        num_cold_users,
+        num_by_length,
+        num_by_type,
+        activity,
+        spans,
+        latest_history,
     )
 
 
-def texts(catalog: DataFrame) -> DataFrame:
-    """Good item rows -> item_id, text: of several rows of an item the last one in the input order."""
-    last = F.max(F.struct("order", "text")).alias("last")
-    return catalog.where(F.col("reason").isNull()).groupBy("item_id").agg(last).select("item_id", "last.text")
+def sequences(block: Block, user_idx: np.ndarray, item_idx: np.ndarray, part: int, valid_in_history: bool) -> pa.Table:
+    """The rows of schema.SEQUENCES for the shards of a split: one per user that has events of the split.
+
+    Train: the train events, all of them targets. Valid and test: the history in time order, then the targets; the
+    history of test has the valid events if valid_in_history.
+
+    Args:
+        user_idx: int64 (U,) of the block's users.
+        item_idx: int32 (N,) of its events.
+    """
+    is_target = block.split == part
+    shown = is_target.copy()
+    if part != schema.TRAIN:
+        shown |= (block.split == schema.TRAIN) | (block.split == schema.CONTEXT)
+    if part == schema.TEST and valid_in_history:
+        shown |= block.split == schema.VALID
+    users = block.per_user(is_target) > 0
+    events = np.flatnonzero(shown & np.repeat(users, block.num_events))
+    targets_last = block.row[events].astype(np.int64) * 2 + is_target[events]
+    if (np.diff(targets_last) < 0).any():
+        events = events[np.argsort(targets_last, kind="stable")]
+    offsets = _offsets(block.per_user(shown)[users])
+    columns = (pa.array(values[events]) for values in (item_idx, block.ts, block.event, is_target))
+    lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
+    return pa.table([pa.array(user_idx[users]), *lists], schema=schema.SEQUENCES)
 
 
-def item_ids(events: DataFrame, texts: DataFrame, whole_catalog: bool) -> DataFrame:
-    """The item_id of every item: those of the events, and with whole_catalog also those that only have a text."""
-    occurring = events.select("item_id")
-    return (occurring.unionByName(texts.select("item_id")) if whole_catalog else occurring).distinct()
+def _drawn_pairs(block: Block, user_idx, item_idx, num_train, max_users: int, seed: int) -> dict[str, np.ndarray]:
+    """Train events, one of a user and item, with a hash by which an item's users are drawn; most of the hopeless are
+    left out where an item has many."""
+    rows = np.flatnonzero(block.split == schema.TRAIN)
+    pair = block.row[rows].astype(np.int64) * len(block.item) + block.code[rows]
+    if len(np.unique(pair)) < len(rows):
+        rows = rows[np.unique(pair, return_index=True)[1]]
+    user, item = user_idx[block.row[rows]], item_idx[rows]
+    drawn = (mixed(seed, item, user) >> np.uint64(1)).astype(np.int64)
+    share = np.minimum(OVERDRAW * max_users / num_train[rows], 1)
+    lucky = (drawn * 2.0**-63 < share) | (num_train[rows] <= max_users)
+    return {"item_idx": item[lucky], "drawn": drawn[lucky], "user_idx": user[lucky]}
 
 
-def count_splits(interactions: DataFrame) -> dict[str, int]:
-    """num_train, num_valid, num_test (events), num_train_users and num_train_items (with any train event)."""
-    in_train = F.col("split") == schema.TRAIN
-    counts = interactions.agg(
-        *(F.count_if(F.col("split") == code).alias(f"num_{name}") for code, name in enumerate(schema.SPLITS)),
-        F.count_distinct(F.when(in_train, F.col("user_idx"))).alias("num_train_users"),
-        F.count_distinct(F.when(in_train, F.col("item_idx"))).alias("num_train_items"),
-    )
-    return counts.first().asDict()
+def _offsets(sizes: np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
 
 
-def with_statistics(items: DataFrame, interactions: DataFrame) -> DataFrame:
-    """Adds num_train and first_ts (NO_TIME when unknown) of the train split, later events would leak."""
-    first_ts = F.min(F.when(F.col("ts") != schema.NO_TIME, F.col("ts"))).alias("first_ts")
-    train = interactions.where(F.col("split") == schema.TRAIN)
-    statistics = train.groupBy("item_idx").agg(F.count(F.lit(1)).alias("num_train"), first_ts)
-    joined = items.join(statistics, "item_idx", "left")
-    return joined.fillna({"num_train": 0, "first_ts": schema.NO_TIME})
+class _ParquetFile:
+    """A Parquet file that grows by arrays; `close` tells what it is."""
+
+    def __init__(self, stage: Path, name: str, columns: pa.Schema):
+        self.written, self.name, self.columns, self.num_rows = unique_name(), name, columns, 0
+        self.file = pq.ParquetWriter(stage / self.written, columns)
+
+    def write(self, **arrays) -> None:
+        columns = [pa.array(arrays[f.name], f.type) for f in self.columns]
+        self.num_rows += len(columns[0])
+        self.file.write_table(pa.table(columns, schema=self.columns), ROWS_PER_GROUP)
+
+    def close(self) -> File:
+        self.file.close()
+        return File(self.written, self.name, self.num_rows, 0)
 
 
-def item_users(interactions: DataFrame, max_users: int, seed: int) -> DataFrame:
-    """item_idx, user_idxs array<long> sorted: a sample, by hash, of at most max_users train users of the item."""
-    pairs = interactions.where(F.col("split") == schema.TRAIN).select("item_idx", "user_idx").distinct()
-    drawn = F.xxhash64(F.lit(seed).cast("long"), F.col("item_idx"), F.col("user_idx"))
-    rank = F.row_number().over(Window.partitionBy("item_idx").orderBy(drawn, "user_idx"))
-    sample = pairs.withColumn("rank", rank).where(F.col("rank") <= max_users)
-    return sample.groupBy("item_idx").agg(F.sort_array(F.collect_list("user_idx")).alias("user_idxs"))
+class _ShardFile:
+    """A WebDataset shard: members 000000.arrow .. are Arrow streams of schema.SEQUENCES of at most so many users."""
+
+    def __init__(self, stage: Path, name: str):
+        self.written, self.name, self.path = unique_name(), name, stage
+        self.tar: tarfile.TarFile | None = None
+        self.waiting = schema.SEQUENCES.empty_table()
+        self.num_members = self.num_users = self.num_events = 0
+
+    def write(self, sequences: pa.Table) -> None:
+        table = pa.concat_tables([self.waiting, sequences])
+        whole = table.num_rows - table.num_rows % schema.USERS_PER_MEMBER
+        for begin in range(0, whole, schema.USERS_PER_MEMBER):
+            self._add(table.slice(begin, schema.USERS_PER_MEMBER))
+        self.waiting = table.slice(whole)
+
+    def close(self) -> File | None:
+        """None when there are no users."""
+        if self.waiting.num_rows:
+            self._add(self.waiting)
+        if not self.tar:
+            return None
+        self.tar.close()
+        return File(self.written, self.name, self.num_users, self.num_events)
+
+    def _add(self, table: pa.Table) -> None:
+        if not self.tar:
+            self.tar = tarfile.open(self.path / self.written, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        content = _arrow_stream(table)
+        member = tarfile.TarInfo(f"{self.num_members:06d}.arrow")  # its time is 0
+        member.size = len(content)
+        self.tar.addfile(member, io.BytesIO(content))
+        self.num_members += 1
+        self.num_users += table.num_rows
+        self.num_events += len(table["item_idx"].combine_chunks().flatten())
+
+
+def _arrow_stream(table: pa.Table) -> bytes:
+    stream = io.BytesIO()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        for batch in table.combine_chunks().to_batches():
+            writer.write_batch(batch)
+    return stream.getvalue()
+
+
+def read_sequences(shard: Path) -> pa.Table:
+    """All rows of a WebDataset shard."""
+    with tarfile.open(shard) as tar:
+        tables = [pa.ipc.open_stream(tar.extractfile(member)).read_all() for member in tar]
+    return pa.concat_tables(tables).combine_chunks()
+
+
+# --- files ---
 
 
 def write_parquet(table: DataFrame, columns: pa.Schema, num_rows: int, num_keys: int, folder: Path) -> DataFrame:
     """Writes part-00000.parquet .. with these columns into the folder; returns the table read back from them.
 
-    The first column is a dense index, 1..num_keys; files and rows are sorted by it and by position, if there is one.
-    About num_rows rows are expected. pyarrow writes, because Spark's own files differ from one JVM to the next.
+    The first column is an index, of num_keys values at most; files and rows are sorted by it. About num_rows rows are
+    expected. pyarrow writes, because Spark's own files differ from one JVM to the next.
     """
     key, num_files = columns.names[0], 1 + num_rows // ROWS_PER_FILE
-    part = F.floor((F.col(key) - 1) * num_files / num_keys).cast("int")
-    order = [key, "position"] if "position" in columns.names else [key]
+    part = F.floor(F.greatest(F.col(key) - 1, F.lit(0)) * num_files / num_keys).cast("int")
     folder.mkdir()
     rows = table.select(part.alias("part"), *columns.names)
-    _write_files(rows, order, columns, num_files, _parquet, folder, "part-{:05d}.parquet")
+    _write_files(rows, [key], columns, num_files, _parquet, folder, "part-{:05d}.parquet")
     return table.sparkSession.read.parquet(str(folder))
 
 
-def write_quarantine(rows: DataFrame, folder: Path) -> None:
-    """Writes the rows that have a reason as JSON lines {reason, raw, file}, in the order of the input."""
-    bad = rows.where(F.col("reason").isNotNull()).orderBy("order")
-    file = F.substring_index("order.file", "/", -1).alias("file")
-    # One file: etl.max_bad_share has seen to it that they are few.
-    bad.select("reason", "raw", file).coalesce(1).write.json(str(folder))
-    _rename_parts(folder)
+def quarantine_catalog(catalog: DataFrame, source: Source, folder: Path, stage: Path) -> None:
+    """Writes the catalog's rows that have a reason as one file; etl.max_bad_share has seen to it that they are few."""
+    bad = catalog.where(F.col("reason").isNotNull()).select("order", "reason", "raw").orderBy("order").coalesce(1)
+
+    names = source.names
+
+    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        yield pa.RecordBatch.from_pydict({"file": [write_quarantine(batches, names, stage)]})
+
+    keep_quarantine([row.file for row in bad.mapInArrow(write, "file string").collect()], folder, stage)
 
 
-def _rename_parts(folder: Path) -> None:
-    """part-00000.<suffix> ..: the random id in Spark's names would change the manifest at every run."""
-    for number, part in enumerate(sorted(folder.glob("part-*"))):
-        part.rename(folder / f"part-{number:05d}{part.suffix}")
-    for other in [*folder.glob(".*.crc"), *folder.glob("_*")]:
-        other.unlink()
+def keep_quarantine(files: list[str], folder: Path, stage: Path) -> None:
+    """Gives the files that tasks wrote their names, part-00000.json .."""
+    folder.mkdir(parents=True)
+    for number, file in enumerate(files):
+        (stage / file).rename(folder / f"part-{number:05d}.json")
 
 
-def histories(interactions: DataFrame) -> DataFrame:
-    """user_idx, events array<struct<position, item_idx, ts, event, split>> in the order of the positions."""
-    event = F.struct("position", "item_idx", "ts", "event", "split")
-    return interactions.groupBy("user_idx").agg(F.sort_array(F.collect_list(event)).alias("events"))
-
-
-def sequences(histories: DataFrame, split: int, valid_in_history: bool) -> DataFrame:
-    """The columns of schema.SEQUENCES for the shards of a split, one row per user that has events of the split.
-
-    Train: the train events, all of them targets. Valid and test: the history, then the targets; the history of test
-    has the valid events if valid_in_history.
-    """
-    hidden = [schema.VALID, schema.TEST] if not valid_in_history else [schema.TEST]
-    visible = [split, *(code for code in range(split) if code not in hidden)]
-    has_targets = F.exists("events", lambda event: event["split"] == split)
-    shown = F.filter("events", lambda event: event["split"].isin(visible))
-    users = histories.where(has_targets).select("user_idx", shown.alias("shown"))
-    is_target = F.transform("shown.split", lambda code: code == split).alias("is_target")
-    return users.select("user_idx", "shown.item_idx", "shown.ts", "shown.event", is_target)
-
-
-def write_shards(rows: DataFrame, split: str, num_shards: int, seed: int, folder: Path) -> list[dict]:
-    """Writes <split>-00000.tar .. with the rows of `sequences`; returns [{file, num_users, num_events}].
-
-    Users are shuffled by the seed and dealt out, so that shards differ by at most one user; fewer users than
-    num_shards have a shard each. A tar member is an Arrow IPC stream of schema.SEQUENCES.
-    """
-    users, num_users = with_dense_index(rows.select("user_idx"), "user_idx", seed, "rank")
-    if not num_users:
-        return []
-    num_shards = min(num_shards, num_users)
-    users = users.withColumn("part", ((F.col("rank") - 1) % num_shards).cast("int"))
-    rows = rows.join(users, "user_idx", "inner")
-    write = functools.partial(_tar, users_per_member=schema.USERS_PER_MEMBER)
-    written = _write_files(rows, ["rank"], schema.SEQUENCES, num_shards, write, folder, split + "-{:05d}.tar")
-    return [{"file": row.file, "num_users": row.num_rows, "num_events": row.num_values} for row in written]
-
-
-class Written(NamedTuple):
-    file: str
-    num_rows: int
-    num_values: int  # what the writer counted: of a shard the events, of a table the rows
-
-
-Writer = Callable[[Iterator[pa.RecordBatch], pa.Schema, Path], int]
+Writer = Callable[[Iterator[pa.RecordBatch], pa.Schema, Path], None]
 
 
 def _write_files(
     rows: DataFrame, order: list[str], columns: pa.Schema, num_files: int, write: Writer, folder: Path, name: str
-) -> list[Written]:
+) -> None:
     """Writes the rows of each `part` (int column, 0..num_files - 1), sorted by `order`, into a file of its own.
 
     `write(batches, columns, path)` runs in the task of a part. Files are named by the parts that have rows, 0, 1, ..
     """
-    stage = folder / f"_{uuid.uuid4().hex}"
+    stage = folder / f"_{unique_name()}"
     stage.mkdir()
 
     def write_part(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         first = next(batches, None)
         if first is None:
             return
-        temporary, num_rows = uuid.uuid4().hex, 0
+        temporary = unique_name()
+        write((batch.select(columns.names) for batch in itertools.chain([first], batches)), columns, stage / temporary)
+        parts = {"part": pa.array([first["part"][0].as_py()], pa.int32()), "file": [temporary]}
+        yield pa.RecordBatch.from_pydict(parts)
 
-        def content() -> Iterator[pa.RecordBatch]:
-            nonlocal num_rows
-            for batch in itertools.chain([first], batches):
-                num_rows += batch.num_rows
-                yield batch.select(columns.names)
-
-        num_values = write(content(), columns, stage / temporary)
-        yield pa.RecordBatch.from_pylist(
-            [{"part": first["part"][0].as_py(), "name": temporary, "num_rows": num_rows, "num_values": num_values}],
-            pa.schema({"part": pa.int32(), "name": pa.string(), "num_rows": pa.int64(), "num_values": pa.int64()}),
-        )
-
-    parts = (
-        rows.repartitionById(num_files, "part")
-        .sortWithinPartitions(*order)
-        .select("part", *columns.names)
-        .mapInArrow(write_part, "part int, name string, num_rows long, num_values long")
-        .collect()
-    )
-    written = []
+    written = rows.repartitionById(num_files, "part").sortWithinPartitions(*order)
+    parts = written.mapInArrow(write_part, "part int, file string").collect()
     for number, part in enumerate(sorted(parts, key=lambda row: row.part)):
-        file = name.format(number)
-        (stage / part.name).rename(folder / file)
-        written.append(Written(file, part.num_rows, part.num_values))
+        (stage / part.file).rename(folder / name.format(number))
     shutil.rmtree(stage)
-    return written
 
 
-def _parquet(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path) -> int:
-    num_rows = 0
+def _parquet(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path) -> None:
     with pq.ParquetWriter(path, columns) as file:
         for table in _regroup(batches, ROWS_PER_GROUP, columns):
             file.write_table(table)
-            num_rows += table.num_rows
-    return num_rows
-
-
-def _tar(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path, users_per_member: int) -> int:
-    """Members 000000.arrow .. of at most so many users; returns the number of events."""
-    num_events = 0
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, table in enumerate(_regroup(batches, users_per_member, columns)):
-            content = _arrow_stream(table)
-            member = tarfile.TarInfo(f"{number:06d}.arrow")  # its time is 0
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-            num_events += len(table["item_idx"].combine_chunks().flatten())
-    return num_events
 
 
 def _regroup(batches: Iterator[pa.RecordBatch], num_rows: int, columns: pa.Schema) -> Iterator[pa.Table]:
@@ -265,11 +471,3 @@ def _regroup(batches: Iterator[pa.RecordBatch], num_rows: int, columns: pa.Schem
             num_waiting -= num_rows
     if num_waiting:
         yield pa.Table.from_batches(waiting).cast(columns)
-
-
-def _arrow_stream(table: pa.Table) -> bytes:
-    stream = io.BytesIO()
-    with pa.ipc.new_stream(stream, table.schema) as writer:
-        for batch in table.combine_chunks().to_batches():
-            writer.write_batch(batch)
-    return stream.getvalue()

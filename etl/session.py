@@ -14,8 +14,6 @@ from pathlib import Path
 from py4j.protocol import Py4JError
 from pyspark.sql import SparkSession
 
-from contract import schema
-
 
 @contextlib.contextmanager
 def spark_session(name: str) -> Iterator[SparkSession]:
@@ -49,8 +47,8 @@ def _set_defaults(spark: SparkSession) -> None:
         # Adaptive execution merges partitions that turn out small; on a large cluster this is the number to raise.
         "spark.sql.shuffle.partitions": 2 * spark.sparkContext.defaultParallelism,
         "spark.sql.session.timeZone": "UTC",
-        # Python sees about a shard member's users, or so many items, at once.
-        "spark.sql.execution.arrow.maxRecordsPerBatch": schema.USERS_PER_MEMBER,
+        # Rows that pass from Java to Python at once.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": 1 << 16,
         "spark.sql.autoBroadcastJoinThreshold": "64m",
     }
     for key, value in defaults.items():
