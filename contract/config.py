@@ -23,22 +23,44 @@ def _opt(default, doc: str, choices: tuple = (), low: float | None = None, high:
 class Data:
     """Where the raw log is and how to read it."""
 
-    format: str = _opt("jsonl", "format of the interactions", ("csv", "jsonl", "parquet", "colarec"))
+    format: str = _opt(
+        "jsonl",
+        "format of the interactions: csv, jsonl or parquet with the columns named below (text may be .gz or .zst), "
+        "or a public release as it is: 'colarec' (the authors' files), 'otto' (sessions), 'amazon' (reviews and "
+        "metadata of 2014, 2018, 2023), 'foodcom' (RAW_*.csv), 'tencentgr' (seq/ and item_feat/)",
+        ("csv", "jsonl", "parquet", "colarec", "otto", "amazon", "foodcom", "tencentgr"),
+    )
     path: str = _opt("", "folder that the paths below are relative to (colarec: the release's folder)")
-    interactions: tuple[str, ...] = _opt((), "interaction files, relative to path; globs allowed")
-    items: tuple[str, ...] = _opt((), "item files, relative to path; globs allowed")
-    items_format: str = _opt("", "format of the item files; empty: the same as format", ("", "csv", "jsonl", "parquet"))
+    interactions: tuple[str, ...] = _opt((), "interaction files or folders, relative to path; globs allowed")
+    items: tuple[str, ...] = _opt(
+        (), "item files or folders, relative to path; globs allowed; empty: the items have no texts"
+    )
+    items_format: str = _opt(
+        "",
+        "format of the item files; empty: the same as format",
+        ("", "csv", "jsonl", "parquet", "amazon", "foodcom", "tencentgr"),
+    )
     user_column: str = _opt("user_id", "interaction column of the user")
     item_column: str = _opt("item_id", "interaction and item column of the item")
     time_column: str = _opt("timestamp", "interaction column of the time")
     time_unit: str = _opt(
         "s",
         "unit of the time; 'order': only the order within a user is known, so no dates are checked and "
-        "time gaps are not used",
+        "time gaps are not used; public releases have their own",
         ("s", "ms", "us", "iso", "order"),
     )
     event_column: str = _opt("", "interaction column of the event type; empty: all events are alike")
+    split_column: str = _opt(
+        "",
+        "interaction column that says train, valid or test, for etl.split = 'given'; empty: none (csv, jsonl, parquet)",
+    )
     text_columns: tuple[str, ...] = _opt(("title",), "item columns whose text is the content, in this order")
+    delimiter: str = _opt(",", "what separates the fields of a CSV file", (",", ";", "|", "\t"))
+    multiline: bool = _opt(
+        False,
+        "quoted fields of CSV files hold line breaks; a file is then read by one task, and a quote that is not closed "
+        "swallows the rows after it",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,15 @@
+import dataclasses
 import gzip
 import json
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from py4j.protocol import Py4JJavaError
 
 from contract import config as config_module
-from etl import readers
-
-
-@pytest.fixture
-def read(tmp_path, spark):
-    """Writes files, reads them with these [data] settings; returns (events, items) as rows in input order."""
-
-    def run(files: dict, format_: str, split: str = "leave_one_out", **data):
-        for name, content in files.items():
-            path = tmp_path / name
-            if isinstance(content, pa.Table):
-                pq.write_table(content, path)
-            elif name.endswith(".gz"):
-                path.write_bytes(gzip.compress(content.encode()))
-            else:
-                path.write_bytes(content.encode())
-        (tmp_path / "c.toml").write_text("")
-        settings = {"data.path": str(tmp_path), "data.format": format_, "etl.split": split}
-        settings |= {f"data.{key}": value for key, value in data.items()}
-        config = config_module.load(str(tmp_path / "c.toml"), settings)
-        found = readers.input_files(config.data)
-        events = readers.read_events(spark, config, found)
-        items = readers.read_items(spark, config.data, found)
-        return events.orderBy("order").collect(), items.orderBy("order").collect()
-
-    return run
-
+from etl import readers, rows
 
 ITEMS = '{"item_id": "a", "title": "A"}\n'
 
@@ -45,6 +22,10 @@ def test_jsonl_rows_in_input_order_with_reasons(read):
         '{"user_id": "u", "item_id": "a", "timest',
         '[{"user_id": "u", "item_id": "a", "timestamp": 1700000000}]',
         '{"user_id": "u", "item_id": "a", "timestamp": 1700000000} trailing',
+        '{"user_id": "u", "item_id": "a", "timestamp": 1}{"user_id": "v", "item_id": "a", "timestamp": 2}',
+        '{"user_id": "u", "item_id": "a", "timestamp": 1}, {"user_id": "v", "item_id": "a", "timestamp": 2}',
+        '{"user_id": "u", "item_id": "a", "timestamp": 1}] [{"user_id": "v", "item_id": "a", "timestamp": 2}',
+        "null",
         '{"user_id": "", "item_id": "a", "timestamp": 1700000000}',
         '{"user_id": "u", "timestamp": 1700000000}',
         '{"user_id": "u", "item_id": "a"}',
@@ -61,21 +42,98 @@ def test_jsonl_rows_in_input_order_with_reasons(read):
         ("u", "b", 1_700_000_000_250, None),
     ]
     assert [(e.reason, e.raw) for e in events if e.reason] == [
-        ("not one JSON object", lines[3]),
-        ("not one JSON object", lines[4]),
-        ("not one JSON object", lines[5]),
-        ("no user id", lines[6]),
-        ("no item id", lines[7]),
-        ("no timestamp", lines[8]),
-        ("timestamp not in unit 's'", lines[9]),
+        *(("not one JSON object", lines[number]) for number in range(3, 10)),
+        ("no user id", lines[10]),
+        ("no item id", lines[11]),
+        ("no timestamp", lines[12]),
+        ("timestamp not in unit 's'", lines[13]),
     ]
 
 
+def test_ids_that_are_not_utf8_are_bad_rows_in_every_format(read):
+    line = b'{"user_id": "\xff", "item_id": "a", "timestamp": 1, "note": "x"}\n'
+    note = b'{"user_id": "u", "item_id": "\xc3\xa9", "timestamp": 1, "note": "\xff"}\n'
+    events, _ = read({"1.jsonl": line + note}, "jsonl", interactions="1.jsonl")
+    assert [(e.item_id, e.reason) for e in events] == [("a", "user id not in UTF-8"), ("é", None)]
+    assert events[0].raw == line.decode(errors="replace").strip()
+    events, _ = read({"1.csv": b"user_id,item_id,timestamp\nu,\xff,1\n"}, "csv", interactions="1.csv")
+    assert [e.reason for e in events] == ["item id not in UTF-8"]
+    users = pa.array([b"\xff", b"u"]).view(pa.string())
+    table = pa.table({"user_id": users, "item_id": ["a", "b"], "timestamp": [1, 1]})
+    events, _ = read({"1.parquet": table}, "parquet", interactions="1.parquet")
+    assert [e.reason for e in events] == ["user id not in UTF-8", None]
+
+
+# A name that sorts first for the largest file, so that Spark, which takes large files first, has another order.
+@pytest.mark.parametrize(("suffix", "split_files"), [("", True), (".gz", False), (".zst", False)])
+def test_order_is_that_of_the_sorted_paths_and_their_lines(spark, tmp_path, suffix, split_files):
+    sizes = {"b small [x]{y}": 3, "a ü, %20?": 2000, "c": 900, "d": 1, "e*": 0}
+    expected = []
+    for name in sorted(sizes):
+        lines = [f'{{"user_id": "{name}", "item_id": "{n}", "timestamp": {n}}}\n' for n in range(sizes[name])]
+        pack = {"": bytes, ".gz": gzip.compress, ".zst": lambda text: pa.compress(text, "zstd", asbytes=True)}
+        (tmp_path / f"{name}.jsonl{suffix}").write_bytes(pack[suffix]("".join(lines).encode()))
+        expected += [(name, str(n)) for n in range(sizes[name])]
+    data = config_module.Data(format="jsonl", path=str(tmp_path), interactions=(f"*.jsonl{suffix}",))
+    files = readers.input_files(data)
+    _with_small_splits(spark)
+    try:
+        table = readers.read_events(spark, config_module.Config(data=data), files)
+        size = readers.granule_bytes(spark)
+        assert size == 1000
+        assert (table.rdd.getNumPartitions() > 20) == split_files
+        events = table.orderBy("order").collect()
+    finally:
+        _with_default_splits(spark)
+    assert [(e.user_id, e.item_id) for e in events] == expected
+    assert len({e.order for e in events}) == len(events)
+    name_of = pickle.loads(pickle.dumps(readers.file_names(files["data.interactions"], size)))
+    assert all(name_of(e.order) == f"{e.user_id}.jsonl{suffix}" for e in events)
+
+
+def test_order_of_parquet_with_several_row_groups(spark, tmp_path):
+    for name, start in (("b", 3000), ("a", 0)):
+        ids = list(map(str, range(start, start + 3000)))
+        table = pa.table({"user_id": ids, "item_id": ids, "timestamp": range(start, start + 3000)})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=100)
+    data = config_module.Data(format="parquet", path=str(tmp_path), interactions=("*.parquet",))
+    _with_small_splits(spark)
+    try:
+        table = readers.read_events(spark, config_module.Config(data=data), readers.input_files(data))
+        assert table.rdd.getNumPartitions() > 20
+        events = table.orderBy("order").collect()
+    finally:
+        _with_default_splits(spark)
+    assert [int(e.user_id) for e in events] == list(range(6000))
+
+
+def _with_small_splits(spark):
+    spark.conf.set("spark.sql.files.maxPartitionBytes", "3000b")
+    spark.conf.set("spark.sql.files.openCostInBytes", "1000b")
+
+
+def _with_default_splits(spark):
+    spark.conf.unset("spark.sql.files.maxPartitionBytes")
+    spark.conf.unset("spark.sql.files.openCostInBytes")
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_truncated_file_is_an_error_that_names_it(read, tmp_path, suffix):
+    lines = "".join(f'{{"user_id": "u{n}", "item_id": "a", "timestamp": {n * n}}}\n' for n in range(5000))
+    name = f"log.jsonl.{suffix}"
+    events, _ = read({name: lines}, "jsonl", interactions=name)
+    assert len(events) == 5000
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) * 9 // 10])
+    with pytest.raises(Py4JJavaError, match=rf"while reading file .*{name}"):
+        read({}, "jsonl", interactions=name)
+
+
 def test_csv_follows_the_header_and_refuses_rows_of_another_width(read):
-    content = 'ts,item,user,note\r\n5,"a,1",u,x\r\n6,b,v,y\r\n7,c\r\n8,d,w,x,y\r\n'
+    content = '\ufeffts,item,user,\r\n5,"a,1",u,x\r\n6,b,v,y\r\n7,c\r\n8,d,w,x,y\r\n'
     events, items = read(
-        {"log.csv": content, "items.csv": "item,title\na,\"say \"\"hi\"\"\"\n"},
-        "csv", interactions="log.csv", items="items.csv", time_unit="order",
+        {"1.csv": content, "2.csv": "", "items.csv": "item,title\na,\"say \"\"hi\"\"\"\n"},
+        "csv", interactions="1.csv,2.csv", items="items.csv", time_unit="order",
         user_column="user", item_column="item", time_column="ts",
     )  # fmt: skip
     assert [(e.user_id, e.item_id, e.ts, e.reason) for e in events[:2]] == [("u", "a,1", 5, None), ("v", "b", 6, None)]
@@ -83,18 +141,32 @@ def test_csv_follows_the_header_and_refuses_rows_of_another_width(read):
     assert [(i.item_id, i.text) for i in items] == [("a", 'say "hi"')]
 
 
+def test_csv_with_tabs_and_with_line_breaks_in_quotes(read):
+    log = "user_id\titem_id\ttimestamp\nu\ta,1\t5\n"
+    catalog = 'item_id,title\na,"two\nlines"\nb,x,y\n,"no\nid"\nc,\n'
+    events, items = read(
+        {"log.tsv": log, "items.tsv": catalog.replace(",", "\t")}, "csv",
+        interactions="log.tsv", items="items.tsv", delimiter="\t", multiline="true",
+    )  # fmt: skip
+    assert [(e.user_id, e.item_id, e.ts, e.reason) for e in events] == [("u", "a,1", 5000, None)]
+    assert [(i.item_id, i.text) for i in items if i.reason is None] == [("a", "two\nlines"), ("c", "")]
+    assert [(i.reason, i.raw) for i in items if i.reason] == [
+        ("not 2 CSV fields", "b\tx\ty"),
+        ("no item id", '{"title":"no\\nid"}'),
+    ]
+
+
 def test_csv_files_must_share_the_header_and_hold_the_columns(read):
-    items = {"items.csv": "item_id,title\na,A\n"}
-    with pytest.raises(ValueError, match=r"header of .*2\.csv is not that of .*1\.csv"):
+    with pytest.raises(ValueError, match=r"header of .*2\.csv\.gz \(item_id,.*\) is not that of .*1\.csv"):
         read(
-            {"1.csv": "user_id,item_id,timestamp\n", "2.csv": "item_id,user_id,timestamp\n", **items},
-            "csv", interactions="1.csv,2.csv", items="items.csv",
+            {"1.csv": "user_id,item_id,timestamp\n", "2.csv.gz": "item_id,user_id,timestamp\n"},
+            "csv", interactions="1.csv,2.csv.gz",
         )  # fmt: skip
     with pytest.raises(ValueError, match='no column "timestamp"'):
-        read({"1.csv": "user_id,item_id\nu,a\n", **items}, "csv", interactions="1.csv", items="items.csv")
+        read({"1.csv": "user_id,item_id\nu,a\n"}, "csv", interactions="1.csv")
 
 
-def test_parquet_keeps_typed_times(read, tmp_path):
+def test_parquet_keeps_typed_times(read):
     table = pa.table(
         {
             "user_id": pa.array([1, None], pa.int64()),
@@ -102,14 +174,14 @@ def test_parquet_keeps_typed_times(read, tmp_path):
             "timestamp": pa.array([1_700_000_000_123, 0], pa.timestamp("ms", tz="UTC")),
         }
     )
-    items = pa.table({"item_id": ["a"], "title": ["T"], "tags": [["x", "y"]]})
+    items = pa.table({"item_id": ["a"], "title": ["T"], "tags": [["x", "y"]], "sizes": [[1, 2]]})
     events, texts = read(
         {"log.parquet": table, "items.parquet": items},
-        "parquet", interactions="log.parquet", items="items.parquet", text_columns="title,tags",
+        "parquet", interactions="log.parquet", items="items.parquet", text_columns="title,tags,sizes",
     )  # fmt: skip
     assert (events[0].user_id, events[0].ts, events[0].reason) == ("1", 1_700_000_000_123, None)
     assert (events[1].reason, json.loads(events[1].raw)["item_id"]) == ("no user id", "b")
-    assert texts[0].text == "T x y"
+    assert texts[0].text == "T x y 1 2"
 
 
 @pytest.mark.parametrize(
@@ -120,43 +192,87 @@ def test_parquet_keeps_typed_times(read, tmp_path):
 )  # fmt: skip
 def test_time_units(spark, unit, text, ms):
     row = spark.createDataFrame([(text,)], "time string")
-    time = readers._milliseconds(row["time"], row.schema["time"].dataType, unit)
+    time = rows.milliseconds(row["time"], row.schema["time"].dataType, unit)
     assert row.select(time).first()[0] == ms
 
 
-def test_lists_in_item_texts_are_joined(read):
-    lines = '{"item_id": "a", "title": "T", "tags": ["x", "y z"]}\n{"item_id": "b", "title": "[not a list"}\n'
+def test_item_texts_join_lists_and_leave_out_what_is_empty(read):
+    lines = [
+        '{"item_id": "a", "title": "T", "tags": ["x", "y z"]}',
+        '{"item_id": "b", "title": "[not a list"}',
+        '{"item_id": "c", "title": "", "tags": "z"}',
+    ]
     _, items = read(
-        {"log.csv": "user_id,item_id,timestamp\nu,a,1\n", "items.jsonl": lines},
-        "csv", interactions="log.csv", items="items.jsonl", items_format="jsonl", text_columns="title,tags",
+        {"log.csv": "user_id,item_id,timestamp\nu,a,1\n", "items.jsonl.zst": "\n".join(lines)},
+        "csv", interactions="log.csv", items="items.jsonl.zst", items_format="jsonl", text_columns="title,tags",
     )  # fmt: skip
-    assert [i.text for i in items] == ["T x y z", "[not a list"]
+    assert [i.text for i in items] == ["T x y z", "[not a list", "z"]
 
 
-def test_colarec_release(read):
-    files = {
-        "train_time_inter.csv": "user_id,item_id,time\n1,10,1396396800\n1,11,\n",
-        "valid_inter.csv": "user_id,item_id\n1,12\n",
-        "test_inter.csv": "user_id,item_id\n1,13\n",
-        "corpus_512.json": json.dumps({"10": {"cid": [1], "content": "title A"}, "99": {"content": "cold"}}, indent=1),
+@pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
+def test_a_given_split_is_read_from_its_column(read, format_):
+    columns = {"user_id": list("uuuu"), "item_id": list("abcd"), "timestamp": [1, 2, 3, 4]}
+    columns["part"] = ["train", "valid", " test ", "dev"]
+    lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    content = {
+        "csv": "\n".join([",".join(columns), *(",".join(map(str, line.values())) for line in lines)]),
+        "jsonl": "\n".join(map(json.dumps, lines)),
+        "parquet": pa.table(columns),
     }
-    events, items = read(files, "colarec", split="given")
-    by_item = {e.item_id: (e.split, e.ts, e.reason) for e in events}
-    assert by_item == {
-        "10": (0, 1_396_396_800_000, None),
-        "11": (0, None, "no timestamp"),
-        "12": (1, None, None),
-        "13": (2, None, None),
-    }
-    assert [(i.item_id, i.text) for i in items] == [("10", "title A"), ("99", "cold")]
-    with pytest.raises(ValueError, match=r"etl\.split = 'leave_one_out' with data\.format = 'colarec'"):
-        read(files, "colarec", split="leave_one_out")
+    log = {"log": content[format_]}
+    events, _ = read(log, format_, split="given", interactions="log", split_column="part")
+    assert [e.split for e in events] == [0, 1, 2, None]
+    assert [e.reason for e in events] == [None, None, None, "no split, which is train, valid, test"]
+    events, _ = read(log, format_, interactions="log", split_column="part")
+    assert [(e.split, e.reason) for e in events] == [(None, None)] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "split", "message"),
+    [({"format": "csv"}, "given", "set data.split_column"),
+     ({"format": "otto", "split_column": "part"}, "given", "set data.split_column"),
+     ({"format": "colarec"}, "leave_one_out", "'leave_one_out' with data.format = 'colarec'"),
+     ({"format": "colarec"}, "temporal", "'temporal' with data.format = 'colarec'")],
+)  # fmt: skip
+def test_splits_that_the_input_cannot_give_are_refused(spark, settings, split, message):
+    config = config_module.Config(
+        data=config_module.Data(**settings), etl=dataclasses.replace(config_module.Etl(), split=split)
+    )
+    with pytest.raises(ValueError, match=message):
+        readers.read_events(spark, config, {"data.interactions": []})
+
+
+def test_a_log_needs_no_catalog(read):
+    _, items = read({"log.csv": "user_id,item_id,timestamp\nu,a,1\n"}, "csv", interactions="log.csv")
+    assert items == []
+    with pytest.raises(ValueError, match="'otto' has no item texts"):
+        read({"log": "x", "items": "y"}, "otto", interactions="log", items="items")
+
+
+def test_each_file_is_found_once_and_files_of_spark_are_not(tmp_path):
+    for name in ("b.csv", "a/1.csv", "a/_SUCCESS", "a/_delta_log/0.json", "a/.1.csv.crc", "c.gz", "d.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("12345")
+    data = config_module.Data(format="csv", path=str(tmp_path), interactions=("b.csv", "a", "*/1.csv", "c.gz"))
+    found = readers.input_files(data)
+    assert found == {"data.interactions": [tmp_path / name for name in ("a/1.csv", "b.csv", "c.gz")], "data.items": []}
+    assert readers.input_bytes([*found["data.interactions"], tmp_path / "d.parquet"]) == 5 + 5 + 6 * 5 + 8 * 5
 
 
 def test_missing_and_empty_files_are_named(read):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.csv .* data\.interactions"):
-        read({}, "csv", interactions="nowhere.csv", items="items.csv")
-    with pytest.raises(ValueError, match=r"data\.items is empty"):
-        read({"log.csv": "x"}, "csv", interactions="log.csv")
+        read({}, "csv", interactions="nowhere.csv")
+    with pytest.raises(ValueError, match=r"data\.interactions is empty"):
+        read({}, "csv")
     with pytest.raises(ValueError, match=r"the log is empty: no bytes in .*log\.csv"):
-        read({"log.csv": "", "items.csv": "x"}, "csv", interactions="log.csv", items="items.csv")
+        read({"log.csv": ""}, "csv", interactions="log.csv")
+    with pytest.raises(ValueError, match="with ':' in their names"):
+        read({"12:30.csv": "x"}, "csv", interactions="*.csv")
+
+
+def test_more_granules_than_an_order_can_number_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "log").write_bytes(b"x" * 9)
+    monkeypatch.setattr(rows, "MAX_GRANULES", 8)
+    assert rows.first_granules([tmp_path / "log"], 2) == [0]
+    with pytest.raises(ValueError, match="9 granules of 1 bytes"):
+        rows.first_granules([tmp_path / "log"], 1)

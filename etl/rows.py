@@ -1,0 +1,302 @@
+"""From files to rows in the order of the input, and from rows to the two tables that every format gives.
+
+Events (`EVENTS`), one row per event of the input, the unusable ones too:
+    user_id string, item_id string, ts long (ms; null: the input has none), event string (null: none),
+    split byte (0 train, 1 valid, 2 test; null: not given), order long (the place in the input),
+    reason string (why the row cannot be used; null: it can), raw string (the input row, if it cannot)
+
+Items (`ITEMS`):
+    item_id string, text string (the texts joined with a space, not normalised), order, reason, raw
+
+What lies between the two is a table with a column `block` (see `order`), `broken` (a reason that is known from the
+row as a whole, or null) and `raw`, and with the fields of the format.
+"""
+
+import bisect
+import csv
+import functools
+import io
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+EVENTS = ("user_id", "item_id", "ts", "event", "split", "order", "reason", "raw")
+ITEMS = ("item_id", "text", "order", "reason", "raw")
+
+GRANULE_BYTES = 1 << 20
+ROW_BITS = 33  # what Spark's monotonically_increasing_id leaves to the rows of a partition
+MAX_GRANULES = 1 << (63 - ROW_BITS)
+
+# Milliseconds in one unit of data.time_unit, as a fraction.
+_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "order": (1, 1)}
+MAX_DOUBLE_AS_LONG = 2.0**62
+_CORRUPT = "_corrupt"
+_END = "_end_of_line"
+_REPLACEMENT = "\ufffd"  # what decoders put in the place of bytes that are not UTF-8
+
+
+# --- the order of the input ---
+
+
+def granule_bytes(spark: SparkSession) -> int:
+    """Bytes of a granule: 1 MiB, or less where Spark's settings allow smaller splits of a file.
+
+    Spark splits files at multiples of min(maxPartitionBytes, max(openCostInBytes, ...)), so that no two splits of a
+    file begin in the same granule.
+    """
+    settings = spark._jsparkSession.sessionState().conf()  # the public conf gives texts such as "128MB"
+    return max(1, min(GRANULE_BYTES, settings.filesMaxPartitionBytes(), settings.filesOpenCostInBytes()))
+
+
+def first_granules(files: list[Path], granule_bytes: int) -> list[int]:
+    """The number of each file's first granule: granules are numbered through the files, at least one a file.
+
+    Raises:
+        ValueError: there are more granules than an order can number.
+    """
+    *firsts, total = itertools.accumulate((max(1, -(-f.stat().st_size // granule_bytes)) for f in files), initial=0)
+    if total > MAX_GRANULES:
+        raise ValueError(
+            f"the input has {total:,} granules of {granule_bytes:,} bytes, at most {MAX_GRANULES:,} can be numbered; "
+            "raise spark.sql.files.openCostInBytes and maxPartitionBytes to 1m or more"
+        )
+    return firsts
+
+
+def file_names(files: list[Path], granule_bytes: int) -> Callable[[int], str]:
+    """A function from an `order` to the name of the file it is in; it can be pickled.
+
+    `files` are all files of the table, sorted by path as `readers.input_files` gives them.
+    """
+    return functools.partial(_name_at, first_granules(files, granule_bytes), [file.name for file in files])
+
+
+def _name_at(firsts: list[int], names: list[str], order: int) -> str:
+    return names[bisect.bisect_right(firsts, order >> ROW_BITS) - 1]
+
+
+def order() -> Column:
+    """The place of a row in the input, as one long: granule << 33 | row.
+
+    It sorts as the files by path and the rows in them. A task reads the blocks of files given to it one after the
+    other, each from its start to its end, and counts the rows as they come: of two rows of a block the later one has
+    the higher count. Two blocks of a file never begin in the same granule, and the granules grow along the file and
+    from file to file: of two blocks the later one has the higher granule, whichever tasks read them. Call this after
+    the last explode: it is the rows at this point of the plan that are counted.
+    """
+    row = F.monotonically_increasing_id().bitwiseAND(F.lit((1 << ROW_BITS) - 1))
+    return F.col("block").bitwiseOR(row)
+
+
+def _with_block(scan: DataFrame, columns: list[Column], among: list[Path]) -> DataFrame:
+    """`columns` of the files that `scan` reads, and block long: the granule where the row's block begins, << 33."""
+    spark, size = scan.sparkSession, granule_bytes(scan.sparkSession)
+    first = dict(zip(map(str, among), first_granules(among, size), strict=True))
+    # _metadata spells a path as inputFiles does (Java's URI, encoded), but for the empty host.
+    of_uri = [(uri.replace("file:///", "file:/", 1), first[unquote(urlsplit(uri).path)]) for uri in scan.inputFiles()]
+    firsts = F.broadcast(spark.createDataFrame(of_uri, "_file string, _first long"))
+    begin = F.floor(F.col("_metadata.file_block_start") / size)
+    rows = scan.select(*columns, F.col("_metadata.file_path").alias("_file"), begin.alias("_begin"))
+    # A left join and a check: an inner join would lose the rows of a file that is not found.
+    known = F.coalesce("_first", F.raise_error(F.concat(F.lit("no granule for "), "_file")))
+    block = F.shiftleft(known + F.col("_begin"), ROW_BITS)
+    return rows.join(firsts, "_file", "left").withColumn("block", block).drop("_file", "_first", "_begin")
+
+
+# --- rows of files: each gives row struct<the columns>, block, broken, raw ---
+
+
+def read_lines(
+    spark: SparkSession, files: list[Path], among: list[Path] | None = None, whole: bool = False
+) -> DataFrame:
+    """raw string, block; blank lines are no rows. Plain text, or packed as .gz, .zst or what else Hadoop knows.
+
+    `among`: all files of the table, where `files` are but some of them. `whole`: each file is one row.
+    """
+    scan = spark.read.text(_unglobbed(files), wholetext=whole)
+    rows = _with_block(scan, [F.col("value").alias("raw")], among or files)
+    return rows.where(F.trim("raw") != "")
+
+
+def json_rows(lines: DataFrame, fields: T.StructType) -> DataFrame:
+    """JSON lines; what a field of type string holds is read as text, whatever it is."""
+    # from_json takes the first value of a text and does not look at what follows it. Within an array, closed by an
+    # element of ours, everything up to the end of the line is parsed.
+    schema = T.ArrayType(T.StructType([*fields.fields, T.StructField(_END, T.StringType())]))
+    enclosed = F.concat(F.lit("["), "raw", F.lit(f',{{"{_END}":""}}]'))
+    parsed = lines.select("block", "raw", F.from_json(enclosed, schema, {"mode": "PERMISSIVE"}).alias("parsed"))
+    row, end = F.get("parsed", F.lit(0)), F.get("parsed", F.lit(1))
+    is_object = F.coalesce((F.size("parsed") == 2) & (end[_END] == "") & row.isNotNull(), F.lit(False))
+    broken = F.when(~is_object, F.lit("not one JSON object"))
+    return parsed.select(F.when(is_object, row).alias("row"), "block", broken.alias("broken"), "raw")
+
+
+def csv_rows(
+    spark: SparkSession,
+    files: list[Path],
+    columns: list[str],
+    setting: str,
+    delimiter: str = ",",
+    multiline: bool = False,
+    among: list[Path] | None = None,
+) -> DataFrame:
+    """CSV with a header, the same in all files; quotes in a quoted field are doubled.
+
+    Fields hold line breaks with `multiline` alone: such files are not split, and raw is known of ragged rows only.
+
+    Raises:
+        ValueError: a file has another header, or a column (named in `setting`) is missing.
+    """
+    names, header = _csv_header(files, delimiter)
+    require(columns, names, files[0], setting)
+    # Columns by position: a header may hold names that are empty, or differ in nothing but case.
+    schema = ", ".join([*(f"c{index} STRING" for index in range(len(names))), f"{_CORRUPT} STRING"])
+    options = {"sep": delimiter, "escape": '"', "mode": "PERMISSIVE", "columnNameOfCorruptRecord": _CORRUPT}
+    if multiline:
+        scan = spark.read.csv(_unglobbed(files), schema, header=True, multiLine=True, **options)
+        parsed = _with_block(scan, [F.struct("*").alias("parsed")], among or files)
+    else:
+        lines = read_lines(spark, files, among).where(F.col("raw") != F.lit(header))
+        parsed = lines.select(F.from_csv("raw", schema, options).alias("parsed"), "block", "raw")
+    row = F.struct(*(F.col(f"parsed.c{names.index(name)}").alias(name) for name in dict.fromkeys(columns)))
+    broken = F.when(F.col(f"parsed.{_CORRUPT}").isNotNull(), F.lit(f"not {len(names)} CSV fields"))
+    raw = F.coalesce(f"parsed.{_CORRUPT}", F.to_json(row)) if multiline else F.col("raw")
+    return parsed.select(row.alias("row"), "block", broken.alias("broken"), raw.alias("raw"))
+
+
+def parquet_rows(spark: SparkSession, files: list[Path], columns: list[str], setting: str) -> DataFrame:
+    """Parquet; the columns keep their types.
+
+    Raises:
+        ValueError: a column (named in `setting`) is missing.
+    """
+    scan = spark.read.parquet(*_unglobbed(files))
+    require(columns, scan.columns, files[0], setting)
+    row = F.struct(*(F.col(quoted(name)).alias(name) for name in dict.fromkeys(columns)))
+    rows = _with_block(scan, [row.alias("row")], files)
+    nothing = F.lit(None).cast("string")
+    return rows.select("row", "block", nothing.alias("broken"), F.to_json("row").alias("raw"))
+
+
+def first_line(file: Path) -> str:
+    """The first line of a text file, also of a compressed one, without its end and a byte order mark."""
+    with io.TextIOWrapper(pa.input_stream(str(file)), "utf-8-sig", errors="replace") as text:
+        return text.readline().rstrip("\r\n")
+
+
+def require(columns: list[str], available: list[str], file: Path, setting: str) -> None:
+    """Raises ValueError when one of the columns, which `setting` asks for, is not available in the file."""
+    for name in columns:
+        if name not in available:
+            raise ValueError(f"{file} has no column {json.dumps(name)} ({setting}); it has: {', '.join(available)}")
+
+
+def quoted(name: str) -> str:
+    """A column name as Spark's expressions take it, whatever characters it holds."""
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _unglobbed(files: list[Path]) -> list[str]:
+    """Spark takes paths as globs; these mean themselves."""
+    return [re.sub(r"[\\\[\]{}*?]", r"\\\g<0>", str(file)) for file in files]
+
+
+def _csv_header(files: list[Path], delimiter: str) -> tuple[list[str], str]:
+    """(names, line). Empty files, which some writers leave, have no header."""
+    first, *rest = [file for file in files if file.stat().st_size] or files[:1]
+    header = first_line(first)
+    for file in rest:
+        if (other := first_line(file)) != header:
+            raise ValueError(
+                f"the CSV header of {file} ({other}) is not that of {first} ({header}); make them the same"
+            )
+    return [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])], header
+
+
+# --- the two tables ---
+
+
+def to_events(
+    rows: DataFrame,
+    user_id: Column,
+    item_id: Column,
+    time: Column | None = None,
+    unit: str = "ms",
+    event: Column | None = None,
+    split: Column | None = None,
+) -> DataFrame:
+    """`EVENTS` of rows that hold one event each; rows without ids or with a time that cannot be read get a reason.
+
+    `time` is a number or a text in `unit`, or of one of Spark's types of time; None: the input has no times.
+    """
+    nothing = F.lit(None)
+    type_ = T.NullType() if time is None else rows.select(time.alias("time")).schema["time"].dataType
+    ts = nothing if time is None else milliseconds(time, type_, unit)
+    parsed = rows.select(
+        F.trim(user_id.cast("string")).alias("user_id"),
+        F.trim(item_id.cast("string")).alias("item_id"),
+        ts.cast("long").alias("ts"),
+        (nothing if event is None else event).cast("string").alias("event"),
+        (nothing if split is None else split).cast("byte").alias("split"),
+        order().alias("order"),
+        "broken",
+        (nothing if time is None else time).cast("string").alias("time"),
+        "raw",
+    )
+    reason = F.col("broken")
+    for name in ("user_id", "item_id"):
+        reason = F.coalesce(reason, _bad_id(name))
+    if time is not None:
+        unreadable = F.when(F.coalesce(F.trim("time"), F.lit("")) == "", F.lit("no timestamp"))
+        unreadable = unreadable.when(F.col("ts").isNull(), F.lit(f"timestamp not in unit '{unit}'"))
+        reason = F.coalesce(reason, unreadable)
+    return _with_reason(parsed, reason).select(*EVENTS)
+
+
+def to_items(rows: DataFrame, item_id: Column, texts: list[Column]) -> DataFrame:
+    """`ITEMS` of rows that hold one item each. The texts are strings; null and empty ones are left out."""
+    text = F.concat_ws(" ", *(F.nullif(text, F.lit("")) for text in texts))
+    parsed = rows.select(
+        F.trim(item_id.cast("string")).alias("item_id"), text.alias("text"), order().alias("order"), "broken", "raw"
+    )
+    return _with_reason(parsed, F.coalesce("broken", _bad_id("item_id"))).select(*ITEMS)
+
+
+def no_items(spark: SparkSession) -> DataFrame:
+    """`ITEMS` without a row: a log without a catalog."""
+    return spark.createDataFrame([], "item_id string, text string, order long, reason string, raw string")
+
+
+def milliseconds(time: Column, type_: T.DataType, unit: str) -> Column:
+    """Time as long ms, null where it cannot be read. The try_ functions: one bad row must not end the job."""
+    if isinstance(type_, (T.TimestampType, T.TimestampNTZType, T.DateType)) or unit == "iso":
+        stamp = F.try_to_timestamp(time) if isinstance(type_, T.StringType) else time.cast("timestamp")
+        return F.unix_millis(stamp)
+    text = F.trim(time.cast("string"))
+    factor, divisor = _MS[unit]
+    whole = F.try_multiply(text.try_cast("long"), F.lit(factor))
+    exact = F.when(whole.isNotNull(), F.floor(whole / divisor) if divisor > 1 else whole)
+    number = text.try_cast("double") * factor / divisor  # 1396396800.25, 1.4e9
+    # False of NaN as well, which Spark orders last.
+    return F.coalesce(exact, F.when(F.abs(number) < MAX_DOUBLE_AS_LONG, F.floor(number)))
+
+
+def _bad_id(name: str) -> Column:
+    """The reason why the id cannot be used, or null. Two ids that are not UTF-8 would look the same."""
+    readable = F.is_valid_utf8(name) & ~F.contains(F.col(name), F.lit(_REPLACEMENT))
+    missing = F.when(F.coalesce(F.col(name), F.lit("")) == "", F.lit(f"no {name.replace('_', ' ')}"))
+    return missing.when(~readable, F.lit(f"{name.replace('_', ' ')} not in UTF-8"))
+
+
+def _with_reason(rows: DataFrame, reason: Column) -> DataFrame:
+    """Adds `reason`; `raw` stays only where it is needed, or the whole input would travel with the events."""
+    raw = F.when(F.col("reason").isNotNull(), F.make_valid_utf8("raw"))
+    return rows.withColumn("reason", reason).withColumn("raw", raw)
