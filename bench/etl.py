@@ -15,7 +15,7 @@ records the run in MLflow. bench/etl_peers.py does the job and nothing else.
 
 Each engine has a process tree of its own. CPU seconds are user and system time of the tree. Peak memory is resident
 anonymous memory of the tree, looked at every 0.2 s: no file cache, as that can be dropped at any time. An engine
-whose tree exceeds 1.25 x --memory is killed, as a container would, and did not finish. Spark gets --memory as its
+whose tree exceeds 1.25 x --memory is killed, as in a container, and did not finish. Spark gets --memory as its
 heap, DuckDB as its memory_limit; polars has no such setting. Results go to FOLDER/results.json as well.
 """
 
@@ -25,6 +25,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -92,7 +93,7 @@ def main() -> None:
     measure = commands.add_parser("run", help="run the engines on the log, one after the other")
     measure.add_argument("folder", type=Path)
     measure.add_argument("--engine", default=",".join(ENGINES), help="some of %(default)s")
-    measure.add_argument("--memory", default="8g", help="such as 512m or 8g (default: %(default)s)")
+    measure.add_argument("--memory", type=memory_size, default="8g", help="such as 512m or 8g (default: %(default)s)")
     measure.add_argument("--cores", type=int, default=2)
     args = parser.parse_args()
     if args.command == "generate":
@@ -206,6 +207,7 @@ def run(folder: Path, engines: list[str], memory: str, cores: int) -> None:
     """Runs the engines one after the other, prints a table and appends the results to FOLDER/results.json."""
     if not (folder / "config.toml").is_file():
         sys.exit(f"error: {folder} holds no log; run first: python bench/etl.py generate {folder}")
+    folder = folder.resolve()
     num_rows = sum(pq.read_metadata(file).num_rows for file in folder.glob("log-*.parquet"))
     limit = int(MEMORY_SLACK * bytes_of(memory))
     results = []
@@ -221,7 +223,7 @@ def run(folder: Path, engines: list[str], memory: str, cores: int) -> None:
         results.append(result)
         print(f"{engine}: {usage.outcome}, {usage.seconds:.1f} s; its output is in {out / 'log.txt'}", flush=True)
     append(folder / "results.json", results)
-    print(f"\n{num_rows:,} rows, {cores} cores, {memory}\n{table(results)}")
+    print(f"\n{num_rows:,} rows, {cores} cores, {memory}; x: times that of the faster peer\n{table(results)}")
     if len({tuple(result[name] for name in COUNTS) for result in results if COUNTS[0] in result}) > 1:
         print("warning: the engines differ in what is left, so they did not do the same job", file=sys.stderr)
 
@@ -235,7 +237,7 @@ def command(engine: str, folder: Path, out: Path, memory: str, cores: int) -> li
         str(bin_folder / "spark-submit"),
         *("--master", f"local[{cores}]", "--driver-memory", memory, "--conf", f"spark.local.dir={out / 'spill'}"),
         *(str(ROOT / "etl" / "build.py"), "--config", str(folder / "config.toml")),
-        *(f"--work={out / 'work'}", f"--tracking.uri=sqlite:///{out.resolve() / 'mlflow.db'}"),
+        *(f"--work={out / 'work'}", f"--tracking.uri=sqlite:///{out / 'mlflow.db'}"),
     ]
 
 
@@ -260,7 +262,8 @@ def measure(words: list[str], env: dict[str, str], limit: int, log: Path) -> Usa
                     kill(tree)
                 time.sleep(SAMPLE_SECONDS)
         finally:
-            kill(process_tree(process.pid))
+            if process.returncode is None:  # interrupted
+                kill(process_tree(process.pid))
     outcome = f"exit status {process.returncode}" if process.returncode else "finished"
     outcome = f"more than {limit / 2**30:.1f} GiB" if killed else outcome
     seconds = time.monotonic() - start
@@ -320,6 +323,12 @@ def read_counts(engine: str, out: Path) -> dict[str, int]:
     counts = json.loads((out / "work" / "corpus" / "manifest.json").read_text())["counts"]
     num_events = sum(counts[f"num_{split}"] for split in ("train", "valid", "test"))
     return {"num_users": counts["num_users"], "num_items": counts["num_items"], "num_events": num_events}
+
+
+def memory_size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*[mg]", text):
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 512m or 8g")
+    return text
 
 
 def bytes_of(memory: str) -> int:
