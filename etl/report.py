@@ -134,7 +134,7 @@ def summary(report: dict) -> str:
     steps, parts = report["filters"], report["split"]
     num_read, num_left = steps[0]["left"], steps[-1]["left"]
     counts = {"rows read": num_read, "events left": num_left, "users": parts["num_users"], "items": parts["num_items"]}
-    if log := report.get("quarantine", {}).get("log"):
+    if log := (report.get("quarantine") or {}).get("log"):
         counts["rows in quarantine"] = sum(found["num"] for found in log.values())
     cards = "".join(f"<div><b>{num:,}</b><span>{name}</span></div>" for name, num in counts.items())
     told = (
@@ -144,9 +144,9 @@ def summary(report: dict) -> str:
     )
     largest = max(steps[1:], key=lambda step: step["removed"], default=None)
     if largest and largest["removed"]:
-        told += f" Most of what was removed went with “{html.escape(largest['what'])}”: {largest['removed']:,}."
-    told += f" They are split into {parts['num_train']:,} train, {parts['num_valid']:,} valid and "
-    told += f"{parts['num_test']:,} test events."
+        told += f" What removed most is “{html.escape(largest['what'])}”: {largest['removed']:,}."
+    told += f" The events are split into {parts['num_train']:,} train, {parts['num_valid']:,} valid and "
+    told += f"{parts['num_test']:,} test."
     return f'<p>{told}</p>\n<div class="counts">{cards}</div>'
 
 
