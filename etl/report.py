@@ -1,0 +1,401 @@
+"""The report of a build: report.json for programs and report.html, one page that needs nothing else, for people.
+
+The same dict gives the same bytes. Parts that the dict does not have, or that are empty, are left out of the page.
+"""
+
+import datetime
+import html
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+SPLITS = ("train", "valid", "test")
+MAX_BARS = 130  # over time: days if they are so few, else weeks, else months
+
+# Figures are drawn in these colours, which become variables of the page, so that they follow light and dark.
+INK, MUTED, KEPT, REMOVED = "#000001", "#000002", "#000003", "#000004"
+OF_SPLIT = {"train": "#000005", "valid": "#000006", "test": "#000007"}
+VARIABLES = {INK: "ink", MUTED: "muted", KEPT: "kept", REMOVED: "removed"} | {c: s for s, c in OF_SPLIT.items()}
+STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "colarec",  # ids, drawn at random otherwise
+    "text.parse_math": False,  # a $ in a name is a $
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>
+:root {{ --page: #fff; --ink: #1d2430; --muted: #667080; --line: #e1e5ea; --panel: #f6f7f9; --kept: #7f9cc0;
+  --removed: #cf6a4c; --train: #7f9cc0; --valid: #e0a83c; --test: #b4507f; --good: #2c7a4b; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --page: #14181e; --ink: #e3e7ec; --muted: #98a2b0; --line: #2c333d;
+  --panel: #1c2129; --kept: #6787b0; --removed: #d77a5d; --train: #6787b0; --valid: #d9a441; --test: #c4678f;
+  --good: #63b785; }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; max-width: 1040px; padding: 40px 24px 64px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }}
+h1 {{ margin: 0 0 4px; font-size: 26px; font-weight: 650; }}
+h2 {{ margin: 44px 0 10px; padding-top: 18px; border-top: 1px solid var(--line); font-size: 18px; font-weight: 650; }}
+h3 {{ margin: 20px 0 6px; font-size: 15px; font-weight: 650; }}
+p {{ margin: 6px 0 12px; max-width: 75ch; }}
+.note {{ color: var(--muted); font-size: 13.5px; }}
+.counts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0; }}
+.counts div {{ padding: 12px 16px; border-radius: 8px; background: var(--panel); }}
+.counts b {{ display: block; font-size: 23px; font-weight: 600; font-variant-numeric: tabular-nums; }}
+.counts span {{ color: var(--muted); font-size: 13.5px; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 8px 32px; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 5px 20px 5px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
+th {{ color: var(--muted); font-weight: 500; }}
+.number {{ text-align: right; white-space: nowrap; }}
+code {{ font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }}
+.good {{ color: var(--good); font-weight: 600; }}
+svg {{ display: block; width: 100%; height: auto; margin: 8px 0; }}
+svg text {{ font-family: inherit !important; }}
+@media print {{ body {{ padding: 0; }} h2 {{ break-after: avoid; }} svg, table {{ break-inside: avoid; }} }}
+</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """Writes report.json and report.html into `folder`.
+
+    `report`, in which all but name, filters and split may be missing or empty:
+        name str; time_unit str ('order': times are positions and are not shown)
+        filters [{what, removed, left}], as applied; the first is what was read
+        k_core [{round, num_users, num_items, num_events}]
+        quarantine {"log" or "catalog": {reason: {num, example}}}
+        events_by_type {type: num}
+        events_per_user, events_per_item [[low, num]]: num have low..2 * low - 1 events; low = 0: none
+        activity [[ISO date, num train, num valid, num test]] by day
+        split {method, num_train, num_valid, num_test, num_users, num_items, num_cold_items, num_cold_users,
+            first_valid_ts and first_test_ts (ms or None), leak_check: what was found}
+        shards {split: [{file, num_users, num_events}]}
+        content {num_items_without_text, vocab_size, tokens_per_item [[low, num]]}
+        seconds {step: float}
+    """
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
+
+
+def page(report: dict) -> str:
+    sections = {
+        "What each filter removed": filters(report["filters"]),
+        "k-core": k_core(report.get("k_core")),
+        "Quarantine": quarantine(report.get("quarantine")),
+        "Events per user and per item": events_per(report),
+        "Events by type": events_by_type(report.get("events_by_type")),
+        "Activity over time": activity(report.get("activity")),
+        "Split": split(report["split"], report.get("time_unit")),
+        "Shards": shards(report.get("shards")),
+        "Content": content(report.get("content")),
+        "Seconds": seconds(report.get("seconds")),
+    }
+    title = f"Corpus of {report['name']}"
+    parts = [f"<h1>{html.escape(title)}</h1>", summary(report)]
+    parts += [f"<h2>{name}</h2>\n{text}" for name, text in sections.items() if text]
+    return PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+# --- the sections: HTML, or nothing ---
+
+
+def summary(report: dict) -> str:
+    steps, parts = report["filters"], report["split"]
+    num_read, num_left = steps[0]["left"], steps[-1]["left"]
+    counts = {"rows read": num_read, "events left": num_left, "users": parts["num_users"], "items": parts["num_items"]}
+    if log := (report.get("quarantine") or {}).get("log"):
+        counts["rows in quarantine"] = sum(found["num"] for found in log.values())
+    cards = "".join(f"<div><b>{num:,}</b><span>{name}</span></div>" for name, num in counts.items())
+    told = (
+        f"Of {num_read:,} rows, {num_left:,} events ({share(num_left, num_read)}) of {parts['num_users']:,} users on "
+        f"{parts['num_items']:,} items are in the corpus: {num_left / max(1, parts['num_users']):.1f} events per user, "
+        f"{num_left / max(1, parts['num_items']):.1f} per item."
+    )
+    largest = max(steps[1:], key=lambda step: step["removed"], default=None)
+    if largest and largest["removed"]:
+        told += f" What removed most is “{html.escape(largest['what'])}”: {largest['removed']:,}."
+    told += f" The events are split into {parts['num_train']:,} train, {parts['num_valid']:,} valid and "
+    told += f"{parts['num_test']:,} test."
+    return f'<p>{told}</p>\n<div class="counts">{cards}</div>'
+
+
+def filters(steps: list[dict]) -> str:
+    num_read = steps[0]["left"]
+    rows = [[step["what"], *counted(step["removed"], num_read), *counted(step["left"], num_read)] for step in steps]
+    rows[0][1:3] = "", ""
+    note = '<p class="note">In this order; shares are of the rows read.</p>'
+    return (
+        note
+        + table(("", "removed", "share", "left", "share"), rows, "lrrrr")
+        + figure(lambda axes: draw_filters(axes, steps), "what each filter removed", (10, 0.6 + 0.33 * len(steps)))
+    )
+
+
+def k_core(rounds: list[dict] | None) -> str:
+    keys = ("round", "num_users", "num_items", "num_events")
+    rows = [[f"{one[key]:,}" for key in keys] for one in rounds or []]
+    return table(("round", "users", "items", "events"), rows, "rrrr") if rows else ""
+
+
+def quarantine(bad: dict[str, dict] | None) -> str:
+    text = ""
+    for what, reasons in (bad or {}).items():
+        if reasons:
+            rows = [(reason, f"{found['num']:,}", code(found["example"])) for reason, found in reasons.items()]
+            text += f"<h3>{html.escape(what.capitalize())}</h3>" + table(("reason", "rows", "such as"), rows, "lrl")
+    return text
+
+
+def events_per(report: dict) -> str:
+    panels = [
+        f"<div><h3>Per {owner}</h3>{histogram(report[key], f'{owner}s', 'events')}</div>"
+        for owner, key in (("user", "events_per_user"), ("item", "events_per_item"))
+        if report.get(key)
+    ]
+    return f'<div class="pair">{"".join(panels)}</div>' if panels else ""
+
+
+def events_by_type(num_by_type: dict[str, int] | None) -> str:
+    total = sum((num_by_type or {}).values())
+    rows = [(name, *counted(num, total)) for name, num in (num_by_type or {}).items()]
+    return table(("type", "events", "share"), rows, "lrr") if rows else ""
+
+
+def activity(days: list[list] | None) -> str:
+    if not days:
+        return ""
+    unit, periods = by_period(days)
+    note = f'<p class="note">Events by {unit}, {days[0][0]} to {days[-1][0]}.</p>'
+    return note + figure(lambda axes: draw_activity(axes, unit, periods), f"events by {unit} and split", (10, 2.9))
+
+
+def split(parts: dict, time_unit: str | None) -> str:
+    total = sum(parts[f"num_{name}"] for name in SPLITS)
+    rows = [(name, *counted(parts[f"num_{name}"], total)) for name in SPLITS]
+    facts = [("method", parts["method"].replace("_", " "))]
+    facts += [
+        (f"first {name} event", utc(parts[f"first_{name}_ts"]))
+        for name in ("valid", "test")
+        if parts.get(f"first_{name}_ts") is not None and time_unit != "order"
+    ]
+    for what in ("items", "users"):
+        num, of = parts[f"num_cold_{what}"], parts[f"num_{what}"]
+        facts.append((f"cold {what}, without a train event", f"{num:,} of {of:,} ({share(num, of)})"))
+    facts.append(("leak check", Html(f'<span class="good">{html.escape(parts["leak_check"])}</span>')))
+    return (
+        f'<div class="pair"><div>{table(("", "events", "share"), rows, "lrr")}</div>'
+        f"<div>{table((), facts, 'll')}</div></div>"
+    )
+
+
+def shards(of_split: dict[str, list[dict]] | None) -> str:
+    rows = []
+    for name, files in (of_split or {}).items():
+        if files:
+            sizes = [[file[key] for file in files] for key in ("num_users", "num_events")]
+            rows.append([name, f"{len(files):,}", *(text for of in sizes for text in (f"{sum(of):,}", extent(of)))])
+    head = ("split", "files", "users", "users per file", "events", "events per file")
+    return table(head, rows, "lrrrrr") if rows else ""
+
+
+def extent(nums: list[int]) -> str:
+    low, high = min(nums), max(nums)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def content(found: dict | None) -> str:
+    if not found:
+        return ""
+    told = f"{found['num_items_without_text']:,} items have no text; the vocabulary has {found['vocab_size']:,} pieces."
+    bins = found.get("tokens_per_item")
+    panel = f"<div><h3>Tokens per item</h3>{histogram(bins, 'items', 'tokens')}</div>" if bins else ""
+    return f'<p>{told}</p><div class="pair">{panel}</div>'
+
+
+def seconds(of_step: dict[str, float] | None) -> str:
+    total = sum((of_step or {}).values())
+    rows = [(step, f"{spent:,.1f}", share(spent, total)) for step, spent in (of_step or {}).items()]
+    return table(("step", "seconds", "share"), rows, "lrr") if rows else ""
+
+
+# --- HTML ---
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def code(text: str) -> Html:
+    return Html(f"<code>{html.escape(text)}</code>")
+
+
+def table(head: tuple[str, ...], rows: Iterable[Iterable[str]], align: str) -> str:
+    """`align`: of each column l(eft) or r(ight). Cells that are not Html are escaped."""
+
+    def line(tag: str, cells: Iterable[str]) -> str:
+        texts = (cell if isinstance(cell, Html) else html.escape(cell) for cell in cells)
+        starts = (f"<{tag} class=number>" if side == "r" else f"<{tag}>" for side in align)
+        return "<tr>" + "".join(f"{a}{text}</{tag}>" for a, text in zip(starts, texts, strict=True)) + "</tr>"
+
+    lines = [line("th", head)] if head else []
+    return '<div class="scroll"><table>' + "\n".join([*lines, *(line("td", row) for row in rows)]) + "</table></div>"
+
+
+def counted(num: int, whole: int) -> tuple[str, str]:
+    return f"{num:,}", share(num, whole)
+
+
+def share(part: float, whole: float) -> str:
+    """In percent; what is not nothing does not look like nothing, nor like all."""
+    percent = 100 * part / whole if whole else 0
+    if 0 < percent < 0.01:
+        return "< 0.01%"
+    if 99.99 < percent < 100:
+        return "> 99.99%"
+    return f"{percent:.2f}%" if 0 < percent < 1 or 99 < percent < 100 else f"{percent:.1f}%"
+
+
+def utc(ms: int) -> str:
+    return f"{datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+# --- figures ---
+
+
+def figure(draw: Callable[[Axes], None], label: str, inches: tuple[float, float]) -> str:
+    """The SVG of what `draw` puts into the axes, to be part of a page. `label`: for those who cannot see it."""
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=inches, layout="constrained")
+        draw(drawing.add_subplot())
+        stream = io.StringIO()
+        drawing.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    svg = stream.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    # The page sets the size; ids are of the page, not of the figure.
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    prefix = re.sub(r"\W+", "-", label)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+
+
+def draw_filters(axes: Axes, steps: list[dict]) -> None:
+    """A waterfall from top to bottom: what is left, and beside it what the step took away."""
+    names = [step["what"] for step in steps]
+    left, removed = ([step[key] for step in steps] for key in ("left", "removed"))
+    places = range(len(steps))
+    axes.barh(places, left, color=KEPT, height=0.62, label="left")
+    axes.barh(places, removed, left=left, color=REMOVED, height=0.62, label="removed")
+    for place, step in enumerate(steps):
+        if step["removed"]:
+            end = (step["left"] + step["removed"], place)
+            axes.annotate(
+                f"\u2212{step['removed']:,}", end, (6, 0), textcoords="offset points", va="center", color=MUTED
+            )
+    axes.margins(x=0.12)
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(FuncFormatter(short))
+    axes.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def histogram(bins: list[list[int]], owners: str, things: str) -> str:
+    """Of [[low, num]] with a sentence on the median and the largest."""
+    seen, total = itertools.accumulate(num for _, num in bins), sum(num for _, num in bins)
+    median = next((low for (low, _), upto in zip(bins, seen, strict=True) if 2 * upto >= total), 0)
+    largest = max((low for low, num in bins if num), default=0)
+    note = f'<p class="note">Median {span(median)} {things}, largest {span(largest)}.</p>'
+    label = f"{owners} by number of {things}"
+    return note + figure(lambda axes: draw_histogram(axes, bins, owners, things), label, (5, 2.6))
+
+
+def span(low: int) -> str:
+    return f"{low:,}" if low < 2 else f"{low:,} to {2 * low - 1:,}"
+
+
+def draw_histogram(axes: Axes, bins: list[list[int]], owners: str, things: str) -> None:
+    """Bars of bins that double: 0, 1, 2, 4, ..; the ticks are where a bin begins."""
+    top = max(low for low, _ in bins)
+    lows = [0] * (bins[0][0] == 0) + [1 << power for power in range(top.bit_length())]
+    num_of = dict(map(tuple, bins))
+    axes.bar(range(len(lows)), [num_of.get(low, 0) for low in lows], width=0.92, align="edge", color=KEPT)
+    every = 1 + len(lows) // 9
+    axes.set_xticks(range(0, len(lows), every), [f"{low:,}" for low in lows[::every]])
+    axes.set_xlabel(things)
+    axes.set_ylabel(owners)
+    axes.yaxis.set_major_formatter(FuncFormatter(short))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def by_period(days: list[list]) -> tuple[str, dict[datetime.date, list[int]]]:
+    """('day', 'week' or 'month', {first day of the period: [train, valid, test]}), the unit of at most MAX_BARS bars
+    or month."""
+    dates = [datetime.date.fromisoformat(day) for day, *_ in days]
+    num_days = (max(dates) - min(dates)).days + 1
+    unit = "day" if num_days <= MAX_BARS else "week" if num_days <= 7 * MAX_BARS else "month"
+    begin = {
+        "day": lambda date: date,
+        "week": lambda date: date - datetime.timedelta(date.weekday()),
+        "month": lambda date: date.replace(day=1),
+    }[unit]
+    sums = [Counter() for _ in SPLITS]
+    for date, (_, *nums) in zip(dates, days, strict=True):
+        for of_split, num in zip(sums, nums, strict=True):
+            of_split[begin(date)] += num
+    return unit, {date: [of_split[date] for of_split in sums] for date in sorted(sums[0])}
+
+
+def draw_activity(axes: Axes, unit: str, periods: dict[datetime.date, list[int]]) -> None:
+    width = {"day": 1, "week": 7, "month": 30}[unit]
+    below = [0] * len(periods)
+    for name, nums in zip(SPLITS, zip(*periods.values(), strict=True), strict=True):
+        axes.bar(list(periods), nums, 0.92 * width, below, align="edge", color=OF_SPLIT[name], label=name)
+        below = [sum(pair) for pair in zip(below, nums, strict=True)]
+    axes.margins(x=0.01)
+    locator = AutoDateLocator(minticks=3)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
+    axes.yaxis.set_major_formatter(FuncFormatter(short))
+    axes.set_ylabel(f"events by {unit}")
+    axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+
+
+def short(num: float, _place: int | None = None) -> str:
+    """1500000 -> 1.5M."""
+    for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if abs(num) >= unit:
+            return f"{num / unit:.4g}{letter}"
+    return f"{num:g}"
