@@ -98,7 +98,7 @@ class Etl:
     valid_days: float = _opt(7.0, "days before those that are valid ('temporal', 'otto')", low=0)
     split_shares: tuple[float, ...] = _opt((0.8, 0.1, 0.1), "train, valid and test share of a user ('random')")
     valid_in_history: bool = _opt(True, "valid items are part of the history (and of the seen items) at test time")
-    tokenizer: str = _opt("", "folder of a SentencePiece tokenizer (spiece.model) to use; empty: train one on the texts")
+    tokenizer: str = _opt("", "folder of a SentencePiece model (spiece.model) to use; empty: train one on the texts")
     vocab_size: int = _opt(8000, "SentencePiece vocabulary, pieces; reduced when the text does not hold so many", low=1)
     max_item_tokens: int = _opt(30, "content tokens kept of an item", low=1)
     max_text: int = _opt(2000, "characters kept of an item's text", low=1)
@@ -365,6 +365,8 @@ def _parsed(key: str, text: str, type_):
 def _checked(key: str, value, type_, f):
     if isinstance(type_, types.GenericAlias):
         element = typing.get_args(type_)[0]
+        if element is float and isinstance(value, (list, tuple)):
+            value = [float(v) if type(v) is int else v for v in value]
         if not isinstance(value, (list, tuple)) or not all(type(v) is element for v in value):
             raise ValueError(f"{key} = {value!r}: must be a list of {element.__name__}")
         return tuple(value)
@@ -399,7 +401,22 @@ def _check(config: Config) -> None:
         raise ValueError(f"eval.cutoffs = {list(config.eval.cutoffs)}: give at least one, all of them 1 or more")
     if max(config.eval.cutoffs) > config.eval.beams:
         raise ValueError(f"eval.beams = {config.eval.beams}: must be at least the largest of eval.cutoffs")
-    if config.etl.repeats == "keep" and config.eval.mask_seen:
-        raise ValueError("etl.repeats = 'keep' makes seen items targets: set eval.mask_seen = false as well")
+    etl = config.etl
+    if etl.repeats != "first" and config.eval.mask_seen:
+        raise ValueError(f"etl.repeats = {etl.repeats!r} makes seen items targets: set eval.mask_seen = false as well")
+    if etl.repeats != "first" and etl.split == "random":
+        raise ValueError("etl.split = 'random' would put an item's repeats into train and test: etl.repeats = 'first'")
+    if len(etl.split_shares) != 3 or min(etl.split_shares) < 0 or not math.isclose(sum(etl.split_shares), 1):
+        raise ValueError(f"etl.split_shares = {list(etl.split_shares)}: give train, valid and test, adding up to 1")
+    if etl.event_weights and len(etl.event_weights) != len(etl.events):
+        raise ValueError(
+            f"etl.event_weights = {list(etl.event_weights)}: give one for each of etl.events = {list(etl.events)}"
+        )
+    if etl.event_weights and not 0 < max(etl.event_weights) >= min(etl.event_weights) >= 0:
+        raise ValueError(f"etl.event_weights = {list(etl.event_weights)}: none may be negative, not all 0")
+    if etl.split == "otto" and len(etl.events) < 2:
+        raise ValueError("etl.split = 'otto' needs etl.events, clicks first, such as ['clicks', 'carts', 'orders']")
+    if etl.split in ("temporal", "otto") and config.data.time_unit == "order":
+        raise ValueError(f"etl.split = {etl.split!r} goes by the clock, and data.time_unit = 'order' knows no dates")
     if not any((config.loss.rec, config.loss.index, config.loss.bpr, config.loss.contrastive)):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")

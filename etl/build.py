@@ -82,7 +82,7 @@ def build(
     if etl.max_daily_events:
         log, num_bots = hygiene.without_bots(log, etl.max_daily_events)
         progress(f"bots: {num_bots:,} users had more than {etl.max_daily_events:,} events on a day")
-    source = blocks.Source(next(iter(files.values())), readers.granule_bytes(spark))
+    source = blocks.Source(readers.log_files(files), readers.granule_bytes(spark))
     gathered = blocks.gather(log, source, types, etl, seed, stage / "catalog", stage)
     cleaning = account.cleaning_steps(config, found, types, gathered)
     progress(f"events: {account.spoken(cleaning)}")
@@ -126,7 +126,7 @@ def build(
     # What became of the rest
     corpus.keep_quarantine(gathered.quarantine, folder / "quarantine" / "log", stage)
     if found_items.num_bad:
-        source = blocks.Source(files.get("data.items", source.files), source.granule)
+        source = blocks.Source(readers.item_files(files), source.granule)
         corpus.quarantine_catalog(listed, source, folder / "quarantine" / "catalog", stage)
     counts = account.corpus_counts(found, found_items, cleaning, written, items)
     counts["vocab_size"] = content.vocab_size(model)
