@@ -72,6 +72,8 @@ def build(
     hygiene.check_bad_share(found, log, "log", etl.max_bad_share)
     types = hygiene.event_types(found, etl.events)
     listed = readers.read_items(spark, config.data, files).persist()
+    if readers.item_files(files):
+        hygiene.check_head(listed, "catalog")
     found_items = hygiene.profile(hygiene.census(listed.withColumn("event", F.lit(""))))
     progress(f"catalog: {found_items}")
     hygiene.check_bad_share(found_items, listed, "catalog", etl.max_bad_share)
