@@ -112,6 +112,14 @@ def quarantine(found: dict[str, Profile], folder: Path) -> dict[str, dict[str, d
     }
 
 
+def event_weights(config: Config, types: list[str], written: list[Written]) -> list[float]:
+    """Of each event type as a target, by etl.event_weights, so that the corpus' events weigh 1 on average."""
+    weights = np.array(config.etl.event_weights or [1.0] * len(types))
+    num = np.sum([shard.num_by_type for shard in written], axis=0)[1 : len(types) + 1]
+    mean = (num @ weights) / num.sum() if num @ weights else 1.0
+    return (weights / mean).tolist()
+
+
 def shard_list(written: list[Written]) -> dict[str, list[dict]]:
     """Of every split [{file, num_users, num_events}]."""
     return {

@@ -140,7 +140,7 @@ def build(
     summary["content"]["tokens_per_item"] = account.log_bins(tokenised, F.size("token_ids"))
     report.write_report(summary, folder)
     shutil.rmtree(stage)
-    extra = {"events": types, "event_weights": list(etl.event_weights) or [1.0] * len(types)}
+    extra = {"events": types, "event_weights": account.event_weights(config, types, written)}
     return counts, extra | {"shards": account.shard_list(written), "time_unit": config.data.time_unit}
 
 

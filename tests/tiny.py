@@ -19,6 +19,7 @@ from trainer.inputs import read_catalog
 
 VOCAB_SIZE = 50
 EVENTS = ["view", "purchase"]
+EVENT_WEIGHTS = [0.5, 1.5]
 
 OVERRIDES = {
     "gid.branching": "4",
@@ -104,7 +105,8 @@ def write_corpus(config: Config, num_users: int = 60, num_items: int = 40, num_s
                 num_events = sum(len(s) for _, s in part)
                 shards[split].append({"file": name, "num_users": len(part), "num_events": num_events})
         counts = {"num_users": num_users, "num_items": num_items, "vocab_size": VOCAB_SIZE}
-        output.commit(counts, {"raw": "none"}, events=EVENTS, shards=shards, time_unit="ms")
+        extra = {"events": EVENTS, "event_weights": EVENT_WEIGHTS, "shards": shards, "time_unit": "ms"}
+        output.commit(counts, {"raw": "none"}, **extra)
     return users
 
 

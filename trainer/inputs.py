@@ -33,12 +33,16 @@ class Catalog:
     siblings: Ragged  # items that share an l-1 prefix
     vocab_size: int  # content tokens; the task tokens follow
     num_users: int
-    num_events: int  # event types; ids 1..num_events
+    event_weights: np.ndarray  # float32 (E + 1,): of a target by its event type, 1 on average; types are 1..E
     has_time: bool  # timestamps are dates, so that gaps between them mean something
 
     @property
     def num_items(self) -> int:
         return len(self.gids) - 1
+
+    @property
+    def num_events(self) -> int:
+        return len(self.event_weights) - 1
 
     @property
     def task_user(self) -> int:
@@ -63,7 +67,7 @@ def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
         siblings=tree.siblings(),
         vocab_size=corpus.counts["vocab_size"],
         num_users=corpus.counts["num_users"],
-        num_events=len(corpus.manifest["events"]),
+        event_weights=np.array([1.0, *corpus.manifest["event_weights"]], np.float32),
         has_time=corpus.manifest["time_unit"] != "order",
     )
 

@@ -65,7 +65,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
     """Micro-batches of one rank for the optimizer steps `steps`, in order.
 
     A batch is a dict of int64 tensors:
-        user: X_u, see `inputs._assemble`; gid (B, l) of the targets
+        user: X_u, see `inputs._assemble`; gid (B, l) and weight float32 (B,) of the targets
         item: X_i of the distinct items in use, with gid (N, l), when a loss needs it; and into its rows
         positive (B,), negative (B,), sibling (B,); has_sibling bool (B,)
         index_rows (V,): the distinct positive and negative items; index_weight float32 (V,): occurrences / B
@@ -110,6 +110,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         config, catalog = self.config, self.catalog
         history = History(*(drawn[name] for name in ("item_idx", "event", "recency", "gap")))
         batch = {"user": inputs.user_inputs(config, catalog, history), "gid": catalog.gids[drawn["positive"]]}
+        batch["weight"] = drawn["weight"]
         if config.loss.index or config.loss.bpr or config.loss.contrastive:
             names = ["positive", "negative", *(["sibling"] if config.loss.contrastive else [])]
             distinct, rows = np.unique(np.stack([drawn[name] for name in names]), return_inverse=True)
@@ -187,6 +188,7 @@ def _draw(config: Config, catalog: Catalog, step: int, stream: int, parts: list[
             vars(samples.train_histories(config, catalog, block, targets, rng))
             | {
                 "positive": positive,
+                "weight": catalog.event_weights[block.event[targets]],
                 "negative": samples.draw_negatives(catalog, block, targets, rng),
                 "sibling": samples.draw_siblings(catalog, positive, rng),
                 "shard": np.full(len(targets), block.shard),

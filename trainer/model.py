@@ -129,14 +129,15 @@ class ColaRec(nn.Module):
         A batch of `loader.eval_batches` gives `gid_log_likelihood` instead: ZeRO 3 gathers weights in forward only.
 
         Each loss is a mean over the batch (cross-entropies over the levels, too), so that the mean over equal parts of
-        a batch is the loss of the whole.
+        a batch is the loss of the whole. The targets of 'rec' and 'bpr' are weighted by their event type.
         """
         if "pair_gid" in batch:
             return self.gid_log_likelihood(batch)
         weights, losses = self.loss_weights, {}
         user_states = self.encode(batch["user"])
         if weights.rec:
-            losses["rec"] = self.gid_loss(user_states, batch["user"]["mask"], batch["gid"]).mean()
+            loss = self.gid_loss(user_states, batch["user"]["mask"], batch["gid"])
+            losses["rec"] = (loss.mean(1) * batch["weight"]).mean()
         if "item" in batch:
             item_states = self.encode(batch["item"])
             if weights.index:
@@ -148,7 +149,7 @@ class ColaRec(nn.Module):
             if weights.bpr:
                 h_user = self.summary(user_states, batch["user"]).float()
                 margin = (h_user * (h_item[batch["positive"]] - negative)).sum(-1)
-                losses["bpr"] = -F.logsigmoid(margin).mean()
+                losses["bpr"] = -(F.logsigmoid(margin) * batch["weight"]).mean()
             if weights.contrastive:
                 h_positive = h_item[batch["positive"]] / self.scale
                 margin = (h_positive * (h_item[batch["sibling"]] - negative)).sum(-1)

@@ -20,7 +20,7 @@ def catalog() -> Catalog:
         siblings=Ragged(np.array([1, 2, 3]), np.array([0, 0, 2, 3])),
         vocab_size=20,
         num_users=20,
-        num_events=2,
+        event_weights=np.array([1, 0.5, 2], np.float32),
         has_time=True,
     )
 

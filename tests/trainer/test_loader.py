@@ -55,6 +55,12 @@ def test_loader_processes_keep_the_order(room):
     assert all_content(batches(room)) == all_content(batches(room, workers=2))
 
 
+def test_targets_weigh_what_their_event_type_does(room):
+    for batch in batches(room):
+        item_idx = 1 + batch["gid"] @ (4 ** torch.arange(2, -1, -1))  # as tests.tiny makes GIDs, and events below
+        assert batch["weight"].tolist() == [tiny.EVENT_WEIGHTS[i % 2] for i in item_idx.tolist()]
+
+
 def test_an_epoch_sees_about_every_target_once(room):
     config, corpus, _ = room
     blocks = [samples.read_shard(shard) for shard in loader.shard_paths(corpus, "train")]

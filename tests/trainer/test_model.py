@@ -61,10 +61,11 @@ def test_losses_are_those_of_the_equations(room, encoding):
     for row in range(size):
         user = state(batch["user"], row)
         positive, negative, sibling = (int(batch[n][row]) for n in ("positive", "negative", "sibling"))
-        expected["rec"] -= sum(log_p(model, user, batch["gid"][row].tolist())) / 3 / size
+        share = batch["weight"][row] / size
+        expected["rec"] -= sum(log_p(model, user, batch["gid"][row].tolist())) / 3 * share
         for i in (positive, negative):
             expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist())) / 3 / size
-        expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) / size
+        expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) * share
         if batch["has_sibling"][row]:
             expected["contrastive"] -= torch.log(torch.sigmoid(scale * h[positive] @ (h[sibling] - h[negative]))) / size
     for name, value in expected.items():
