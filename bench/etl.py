@@ -7,7 +7,7 @@ The log has the shape of OTTO's (RecSys 2022): at 200M events 12.9M users, 1.86M
 days, in proportion at other sizes. A user's number of events is heavy-tailed (mean 15.5, median 6, the largest 700)
 but for a few hot users, one with 1% of all events; items are Zipf's. Some rows repeat others exactly, and 0.1% are bad.
 
-The job: drop bad rows and exact duplicates, keep a user's first event on an item, at most the latest 1000 of a user,
+The job: drop bad rows and exact duplicates, at most the latest 1000 rows of a user, of these the first on an item,
 the 5-core of users and items, leave-one-out; number users and items in the order of a hash, and write items, users,
 interactions and histories. etl/build.py does more in its time: it looks for leaks, counts what each step removes,
 trains a tokenizer and encodes the texts, samples users per item, writes WebDataset shards, hashes all files, and

@@ -6,9 +6,10 @@
 Reads log-*.parquet and items.parquet of FOLDER and writes items, users, interactions and histories to OUT as Parquet,
 with counts.json: num_users, num_items, num_events. The two agree in them with each other and with etl/build.py.
 
-Of a user's events on an item the first time is kept, with the strongest type; exact duplicates go with the repeats.
-`place` sorts events by time and, within a millisecond, by the input order. Raw ids become codes early, so that the
-k-core joins integers: codes in the order of a hash stay in that order when some of them are left out.
+Of a user the latest 1000 good rows count, and of these the first on each item; exact duplicates go with the repeats.
+`place` sorts events by time and, within a millisecond, by the input order, and holds the type as well. Raw ids become
+codes early, so that the k-core joins integers: codes in the order of a hash stay in that order when some of them are
+left out.
 """
 
 import argparse
@@ -21,14 +22,15 @@ import duckdb
 import polars as pl
 from polars import col
 
-EVENTS = ("clicks", "carts", "orders")  # weakest first
+EVENTS = ("clicks", "carts", "orders")
 MIN_USER = MIN_ITEM = 5
 MAX_USER_EVENTS = 1000
 MIN_EVENTS = 3  # leave-one-out takes two; users with fewer are train only
 TRAIN, VALID, TEST = 0, 1, 2
 FIRST_MS = 788_918_400_000  # 1995-01-01
 MS_PER_DAY = 86_400_000
-ROW_BITS = 64  # place = timestamp * 2^64 + number of the row
+# place = timestamp << 64 | number of the row << 8 | type
+TIME_SHIFT, ROW_SHIFT = 64, 8
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def with_polars(folder: Path, out: Path) -> dict[str, int]:
     for key in ("user", "item"):
         codes[key] = events.select(col(f"{key}_id").unique()).sort(col(f"{key}_id").hash(seed=1)).with_row_index(key)
         events = events.join(codes[key], on=f"{key}_id").drop(f"{key}_id")
-    events = k_core(with_latest(events))
+    events = k_core(events)
     for key in ("user", "item"):
         left = codes[key].join(events.select(col(key).unique()), on=key, how="semi").sort(key)
         codes[key] = left.with_row_index(f"{key}_idx", offset=1)
@@ -72,30 +74,32 @@ def with_polars(folder: Path, out: Path) -> dict[str, int]:
     codes["item"].drop("item").join(titles, on="item_id", how="left").write_parquet(out / "items.parquet")
     codes["user"].drop("user").write_parquet(out / "users.parquet")
 
-    ts = (col("place") // (1 << ROW_BITS)).cast(pl.Int64).alias("ts")
-    events = with_split(events.sort("user_idx", "place").select("user_idx", "item_idx", ts, "event"))
+    ts = (col("place") // (1 << TIME_SHIFT)).cast(pl.Int64).alias("ts")
+    event = (col("place") % (1 << ROW_SHIFT)).cast(pl.Int8).alias("event")
+    events = with_split(events.sort("user_idx", "place").select("user_idx", "item_idx", ts, event))
     events.write_parquet(out / "interactions.parquet")
     events.group_by("user_idx", maintain_order=True).agg(pl.all()).write_parquet(out / "histories.parquet")
     return {"num_users": codes["user"].height, "num_items": codes["item"].height, "num_events": events.height}
 
 
 def first_events(folder: Path) -> pl.LazyFrame:
-    """user_id, item_id, place, event: of the good rows one per user and item."""
+    """user_id, item_id, place: of the good rows that count one per user and item."""
     log = pl.scan_parquet(folder / "log-*.parquet", row_index_name="row")
     good = (col("user_id") != "") & (col("item_id") != "")  # neither is true of a null
     good &= col("timestamp").is_between(FIRST_MS, latest_ms()) & col("event").is_in(EVENTS)
-    strength = pl.coalesce(pl.when(col("event") == name).then(n) for n, name in enumerate(EVENTS, start=1))
-    place = col("timestamp").cast(pl.Int128) * (1 << ROW_BITS) + col("row").cast(pl.Int128)
-    rows = log.filter(good).select("user_id", "item_id", place.alias("place"), strength.cast(pl.Int8).alias("event"))
-    return rows.group_by("user_id", "item_id").agg(col("place").min(), col("event").max())
+    type_ = pl.coalesce(pl.when(col("event") == name).then(n) for n, name in enumerate(EVENTS, start=1))
+    place = (col("timestamp").cast(pl.Int128) * (1 << TIME_SHIFT)) + (col("row").cast(pl.Int128) * (1 << ROW_SHIFT))
+    rows = log.filter(good).select("user_id", "item_id", (place + type_.cast(pl.Int128)).alias("place"))
+    return with_latest(rows).group_by("user_id", "item_id").agg(col("place").min())
 
 
-def with_latest(events: pl.DataFrame) -> pl.DataFrame:
-    """At most the latest events of a user; only the few users with more than that are sorted."""
-    hot = events.group_by("user").len().filter(col("len") > MAX_USER_EVENTS)
-    of_hot = events.join(hot, on="user", how="semi")
-    age = col("place").rank("ordinal", descending=True).over("user")
-    return pl.concat([events.join(hot, on="user", how="anti"), of_hot.filter(age <= MAX_USER_EVENTS)])
+def with_latest(rows: pl.LazyFrame) -> pl.LazyFrame:
+    """At most the latest rows of a user; only the few users with more than that are sorted."""
+    num = rows.group_by("user_id").len().collect(engine="streaming")
+    hot = num.filter(col("len") > MAX_USER_EVENTS).select("user_id").lazy()
+    age = col("place").rank("ordinal", descending=True).over("user_id")
+    of_hot = rows.join(hot, on="user_id", how="semi").filter(age <= MAX_USER_EVENTS)
+    return pl.concat([rows.join(hot, on="user_id", how="anti"), of_hot])
 
 
 def k_core(events: pl.DataFrame) -> pl.DataFrame:
@@ -143,14 +147,27 @@ def count(database: duckdb.DuckDBPyConnection, table: str) -> int:
 
 
 def create_pairs(database: duckdb.DuckDBPyConnection, folder: Path) -> None:
-    """pairs: of the good rows one per user and item; users and items: their codes."""
+    """pairs: of the good rows that count one per user and item; users and items: their codes."""
+    row = f"((file_index::HUGEINT << 40) + file_row_number) << {ROW_SHIFT}"
     database.execute(f"""
-        CREATE TABLE pairs AS
-        SELECT user_id, item_id, max(list_position({list(EVENTS)}, event))::TINYINT AS event,
-            min((timestamp::HUGEINT << {ROW_BITS}) + (file_index::HUGEINT << 40) + file_row_number) AS place
+        CREATE VIEW log AS
+        SELECT user_id, item_id,
+            (timestamp::HUGEINT << {TIME_SHIFT}) + ({row}) + list_position({list(EVENTS)}, event) AS place
         FROM read_parquet('{folder}/log-*.parquet')
         WHERE user_id <> '' AND item_id <> '' AND event IN {EVENTS} AND timestamp BETWEEN {FIRST_MS} AND {latest_ms()}
-        GROUP BY user_id, item_id
+    """)
+    database.execute(f"""
+        CREATE TABLE hot AS SELECT user_id FROM log GROUP BY user_id HAVING count(*) > {MAX_USER_EVENTS}
+    """)
+    database.execute(f"""
+        CREATE TABLE pairs AS
+        WITH latest AS (
+            SELECT * FROM log ANTI JOIN hot USING (user_id)
+            UNION ALL
+            SELECT * FROM log SEMI JOIN hot USING (user_id)
+            QUALIFY row_number() OVER (PARTITION BY user_id ORDER BY place DESC) <= {MAX_USER_EVENTS}
+        )
+        SELECT user_id, item_id, min(place) AS place FROM latest GROUP BY user_id, item_id
     """)
     for key in ("user", "item"):
         database.execute(f"""
@@ -161,17 +178,10 @@ def create_pairs(database: duckdb.DuckDBPyConnection, folder: Path) -> None:
 
 
 def create_events(database: duckdb.DuckDBPyConnection) -> None:
-    """events: the pairs with codes, at most the latest of a user; only users with more than that are sorted."""
-    database.execute(f"""
+    """events: the pairs with codes."""
+    database.execute("""
         CREATE TABLE events AS
-        WITH coded AS (
-            SELECT user_code, item_code, event, place FROM pairs JOIN users USING (user_id) JOIN items USING (item_id)
-        ),
-        hot AS (SELECT user_code FROM coded GROUP BY user_code HAVING count(*) > {MAX_USER_EVENTS})
-        SELECT * FROM coded ANTI JOIN hot USING (user_code)
-        UNION ALL
-        SELECT * FROM coded SEMI JOIN hot USING (user_code)
-        QUALIFY row_number() OVER (PARTITION BY user_code ORDER BY place DESC) <= {MAX_USER_EVENTS}
+        SELECT user_code, item_code, place FROM pairs JOIN users USING (user_id) JOIN items USING (item_id)
     """)
     database.execute("DROP TABLE pairs")
 
@@ -200,7 +210,8 @@ def create_interactions(database: duckdb.DuckDBPyConnection) -> None:
     """interactions: user_idx, item_idx, ts, event, split, place."""
     database.execute(f"""
         CREATE TABLE interactions AS
-        SELECT user_idx, item_idx, (place >> {ROW_BITS})::BIGINT AS ts, event, place,
+        SELECT user_idx, item_idx, (place >> {TIME_SHIFT})::BIGINT AS ts, place,
+            (place & {(1 << ROW_SHIFT) - 1})::TINYINT AS event,
             count(*) OVER history AS num, num - row_number() OVER (history ORDER BY place) AS num_later,
             CASE WHEN num < {MIN_EVENTS} OR num_later > 1 THEN {TRAIN} WHEN num_later = 1 THEN {VALID} ELSE {TEST} END
                 ::TINYINT AS split

@@ -29,17 +29,17 @@ def run_peer(engine: str, folder, out) -> dict[str, int]:
 
 def reference(folder) -> dict[str, list[tuple]]:
     """{user_id: its (item_id, ts, event, split) in time order}, row by row."""
-    strength = {name: n for n, name in enumerate(etl_peers.EVENTS, start=1)}
-    pairs = {}
+    code = {name: n for n, name in enumerate(etl_peers.EVENTS, start=1)}
+    rows = collections.defaultdict(list)
     for row, (user, item, ts, event) in enumerate(pl.read_parquet(folder / "log-*.parquet").iter_rows()):
-        if not user or not item or event not in strength or not etl_peers.FIRST_MS <= ts <= time.time() * 1000:
-            continue
-        place, strongest = pairs.get((user, item), ((ts, row), 0))
-        pairs[user, item] = min(place, (ts, row)), max(strongest, strength[event])
-    of_user = collections.defaultdict(list)
-    for (user, item), (place, event) in pairs.items():
-        of_user[user].append((place, item, event))
-    of_user = {user: sorted(events)[-etl_peers.MAX_USER_EVENTS :] for user, events in of_user.items()}
+        if user and item and event in code and etl_peers.FIRST_MS <= ts <= time.time() * 1000:
+            rows[user].append(((ts, row), item, code[event]))
+    of_user = {}
+    for user, events in rows.items():
+        first = {}
+        for event in sorted(events)[-etl_peers.MAX_USER_EVENTS :]:
+            first.setdefault(event[1], event)
+        of_user[user] = list(first.values())
     num_before, num = -1, sum(map(len, of_user.values()))
     while num != num_before:
         num_of_item = collections.Counter(item for events in of_user.values() for _, item, _ in events)
