@@ -216,7 +216,8 @@ def amazon_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFram
     if literal_files:
         lines = read_lines(spark, literal_files, files)
         parsed = "block long, item_id string, title string, brand string, categories string, broken string, raw string"
-        parts.append(lines.select("block", "raw").mapInArrow(_literal_items, parsed))
+        texts = lines.select("block", F.make_valid_utf8("raw").alias("raw"))
+        parts.append(texts.mapInArrow(_literal_items, parsed))
     if json_files:
         lists = [T.StructField(name, T.ArrayType(T.StringType())) for name in ("category", "categories")]
         fields = _strings(["asin", "parent_asin", "title", "brand", "store"]).fields

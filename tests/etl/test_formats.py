@@ -92,7 +92,10 @@ def test_amazon_2014(read):
         "{'title': 'no id'}",
     ]
     events, items = read(
-        {"reviews_Books_5.json.gz": "\n".join(reviews), "meta_Books.json.gz": "\n".join(metadata)},
+        {
+            "reviews_Books_5.json.gz": "\n".join(reviews),
+            "meta_Books.json.gz": "\n".join(metadata).encode() + b"\n{'asin': '\xe9'}\n",
+        },
         "amazon", interactions="reviews_*", items="meta_*",
     )  # fmt: skip
     assert [(e.user_id, e.item_id, e.ts, e.event) for e in events[:1]] == [
@@ -107,6 +110,7 @@ def test_amazon_2014(read):
         ("not one Python literal of an item", metadata[2]),
         ("not one Python literal of an item", metadata[3]),
         ("no item id", metadata[4]),
+        ("item id not in UTF-8", "{'asin': '\ufffd'}"),
     ]
 
 
