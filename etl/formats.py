@@ -6,10 +6,12 @@ against is said at each.
 """
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -116,9 +118,7 @@ def _text(value: Column, type_: T.DataType) -> Column:
 def colarec_events(spark: SparkSession, config: Config, files: list[Path]) -> DataFrame:
     """The three interaction files, times in seconds. Checked against the release."""
     parts = []
-    for file in files:
-        if file.name not in COLAREC_SPLITS:
-            continue
+    for file in (file for file in files if file.name in COLAREC_SPLITS):
         split = COLAREC_SPLITS[file.name]
         time = ["time"] if split == schema.TRAIN else []
         rows = csv_rows(spark, [file], ["user_id", "item_id", *time], "data.format = 'colarec'", among=files)
@@ -132,10 +132,7 @@ def colarec_events(spark: SparkSession, config: Config, files: list[Path]) -> Da
                 split=F.lit(split) if config.etl.split == "given" else None,
             )
         )
-    first, *others = parts
-    for part in others:
-        first = first.unionByName(part)
-    return first
+    return functools.reduce(DataFrame.unionByName, parts)
 
 
 def colarec_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFrame:
@@ -200,7 +197,7 @@ def amazon_events(spark: SparkSession, config: Config, files: list[Path]) -> Dat
         ms = F.coalesce("row.timestamp", seconds).alias("timestamp")
         parts.append(rows.select(F.struct(user_id, item_id, ms).alias("row"), "block", "broken", "raw"))
     events = [to_events(rows, *(F.col(f"row.{name}") for name in columns)) for rows in parts]
-    return events[0].unionByName(events[1]) if len(events) == 2 else events[0]
+    return functools.reduce(DataFrame.unionByName, events)
 
 
 def amazon_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFrame:
@@ -214,27 +211,33 @@ def amazon_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFram
     json_files = [file for file in files if file not in literal_files]
     parts = []
     if literal_files:
-        lines = read_lines(spark, literal_files, files)
-        parsed = "block long, item_id string, title string, brand string, categories string, broken string, raw string"
-        parts.append(lines.select("block", "raw").mapInArrow(_literal_items, parsed))
+        parts.append(_literal_rows(read_lines(spark, literal_files, files)))
     if json_files:
-        lists = [T.StructField(name, T.ArrayType(T.StringType())) for name in ("category", "categories")]
-        fields = _strings(["asin", "parent_asin", "title", "brand", "store"]).fields
-        rows = json_rows(read_lines(spark, json_files, files), T.StructType([*fields, *lists]))
-        parts.append(
-            rows.select(
-                "block",
-                F.coalesce("row.parent_asin", "row.asin").alias("item_id"),
-                "row.title",
-                F.coalesce("row.brand", "row.store").alias("brand"),
-                F.array_join(F.coalesce("row.category", "row.categories"), " ").alias("categories"),
-                "broken",
-                "raw",
-            )
-        )
+        parts.append(_metadata_rows(read_lines(spark, json_files, files)))
     texts = [F.col(name) for name in ("title", "brand", "categories")]
     items = [to_items(rows, F.col("item_id"), texts) for rows in parts]
-    return items[0].unionByName(items[1]) if len(items) == 2 else items[0]
+    return functools.reduce(DataFrame.unionByName, items)
+
+
+def _metadata_rows(lines: DataFrame) -> DataFrame:
+    """Metadata of 2018 and 2023 -> block, item_id, title, brand, categories, broken, raw."""
+    lists = [T.StructField(name, T.ArrayType(T.StringType())) for name in ("category", "categories")]
+    texts = _strings(["asin", "parent_asin", "title", "brand", "store"]).fields
+    return json_rows(lines, T.StructType([*texts, *lists])).select(
+        "block",
+        F.coalesce("row.parent_asin", "row.asin").alias("item_id"),
+        "row.title",
+        F.coalesce("row.brand", "row.store").alias("brand"),
+        F.array_join(F.coalesce("row.category", "row.categories"), " ").alias("categories"),
+        "broken",
+        "raw",
+    )
+
+
+def _literal_rows(lines: DataFrame) -> DataFrame:
+    """Metadata of 2014 -> the same columns."""
+    columns = "block long, item_id string, title string, brand string, categories string, broken string, raw string"
+    return lines.select("block", F.make_valid_utf8("raw").alias("raw")).mapInArrow(_literal_items, columns)
 
 
 def _literal_items(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -256,7 +259,9 @@ def _literal_item(line: str) -> tuple[str | None, ...]:
     except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError):
         return None, None, None, None, "not one Python literal of an item"
     values = [None if item.get(key) is None else str(item[key]) for key in ("asin", "title", "brand")]
-    return *values, " ".join(categories), None
+    # An escape of half a character (\ud83d) is no text that Arrow takes.
+    texts = [value and value.encode(errors="replace").decode() for value in (*values, " ".join(categories))]
+    return *texts, None
 
 
 # --- Food.com ---
@@ -310,11 +315,12 @@ def tencentgr_items(spark: SparkSession, data: Data, files: list[Path]) -> DataF
     The text is a word field=value for each feature that an item has: "100=6 101=31". A feature is a number, a list
     of them or struct<feature_value, ..>; both spellings are met in code that reads the release.
     """
-    scan = spark.read.parquet(str(files[0]))
-    fields = sorted((name for name in scan.columns if name.isdigit()), key=int)
-    require(["item_id", *(fields or ["100"])], scan.columns, files[0], "data.format = 'tencentgr'")
+    names = pq.read_schema(files[0]).names
+    fields = sorted((name for name in names if name.isdigit()), key=int)
+    require(["item_id", *(fields or ["100"])], names, files[0], "data.format = 'tencentgr'")
     rows = parquet_rows(spark, files, ["item_id", *fields], "data.format = 'tencentgr'")
-    return to_items(rows, F.col("row.item_id"), [_feature(name, scan.schema[name].dataType) for name in fields])
+    types = rows.schema["row"].dataType
+    return to_items(rows, F.col("row.item_id"), [_feature(name, types[name].dataType) for name in fields])
 
 
 def _feature(name: str, type_: T.DataType) -> Column:

@@ -128,15 +128,14 @@ def read_lines(
 
 def json_rows(lines: DataFrame, fields: T.StructType) -> DataFrame:
     """JSON lines; what a field of type string holds is read as text, whatever it is."""
-    # from_json takes the first value of a text and does not look at what follows it. Within an array, closed by an
-    # element of ours, everything up to the end of the line is parsed.
-    schema = T.ArrayType(T.StructType([*fields.fields, T.StructField(_END, T.StringType())]))
-    enclosed = F.concat(F.lit("["), "raw", F.lit(f',{{"{_END}":""}}]'))
-    parsed = lines.select("block", "raw", F.from_json(enclosed, schema, {"mode": "PERMISSIVE"}).alias("parsed"))
-    row, end = F.get("parsed", F.lit(0)), F.get("parsed", F.lit(1))
-    is_object = F.coalesce((F.size("parsed") == 2) & (end[_END] == "") & row.isNotNull(), F.lit(False))
+    # from_json takes the first value of a text and does not look at what follows it. As a value within an object that
+    # ends with a field of ours, a line is parsed to its end: that field is missing when anything else is on the line.
+    enclosing = T.StructType([T.StructField("row", fields), T.StructField(_END, T.StringType())])
+    enclosed = F.concat(F.lit('{"row":'), "raw", F.lit(f',"{_END}":""}}'))
+    parsed = lines.select("block", "raw", F.from_json(enclosed, enclosing, {"mode": "PERMISSIVE"}).alias("parsed"))
+    is_object = F.col("parsed.row").isNotNull() & (F.coalesce(f"parsed.{_END}", F.lit("missing")) == "")
     broken = F.when(~is_object, F.lit("not one JSON object"))
-    return parsed.select(F.when(is_object, row).alias("row"), "block", broken.alias("broken"), "raw")
+    return parsed.select("parsed.row", "block", broken.alias("broken"), "raw")
 
 
 def csv_rows(
@@ -150,7 +149,8 @@ def csv_rows(
 ) -> DataFrame:
     """CSV with a header, the same in all files; quotes in a quoted field are doubled.
 
-    Fields hold line breaks with `multiline` alone: such files are not split, and raw is known of ragged rows only.
+    Fields hold line breaks with `multiline` alone: such files are not split, and raw is the row itself in ragged rows
+    only. Without it a line that repeats the header, as in files put together, is no row.
 
     Raises:
         ValueError: a file has another header, or a column (named in `setting`) is missing.
@@ -237,27 +237,21 @@ def to_events(
 
     `time` is a number or a text in `unit`, or of one of Spark's types of time; None: the input has no times.
     """
-    nothing = F.lit(None)
-    type_ = T.NullType() if time is None else rows.select(time.alias("time")).schema["time"].dataType
-    ts = nothing if time is None else milliseconds(time, type_, unit)
+    type_ = rows.select(_or_null(time).alias("time")).schema["time"].dataType
     parsed = rows.select(
         F.trim(user_id.cast("string")).alias("user_id"),
         F.trim(item_id.cast("string")).alias("item_id"),
-        ts.cast("long").alias("ts"),
-        (nothing if event is None else event).cast("string").alias("event"),
-        (nothing if split is None else split).cast("byte").alias("split"),
+        milliseconds(_or_null(time), type_, unit).alias("ts"),
+        _or_null(event).cast("string").alias("event"),
+        _or_null(split).cast("byte").alias("split"),
         order().alias("order"),
         "broken",
-        (nothing if time is None else time).cast("string").alias("time"),
+        _or_null(time).cast("string").alias("time"),
         "raw",
     )
-    reason = F.col("broken")
-    for name in ("user_id", "item_id"):
-        reason = F.coalesce(reason, _bad_id(name))
-    if time is not None:
-        unreadable = F.when(F.coalesce(F.trim("time"), F.lit("")) == "", F.lit("no timestamp"))
-        unreadable = unreadable.when(F.col("ts").isNull(), F.lit(f"timestamp not in unit '{unit}'"))
-        reason = F.coalesce(reason, unreadable)
+    no_time = F.when(F.coalesce(F.trim("time"), F.lit("")) == "", F.lit("no timestamp"))
+    bad_time = no_time.when(F.col("ts").isNull(), F.lit(f"timestamp not in unit '{unit}'"))
+    reason = F.coalesce("broken", _bad_id("user_id"), _bad_id("item_id"), *([] if time is None else [bad_time]))
     return _with_reason(parsed, reason).select(*EVENTS)
 
 
@@ -287,6 +281,10 @@ def milliseconds(time: Column, type_: T.DataType, unit: str) -> Column:
     number = text.try_cast("double") * factor / divisor  # 1396396800.25, 1.4e9
     # False of NaN as well, which Spark orders last.
     return F.coalesce(exact, F.when(F.abs(number) < MAX_DOUBLE_AS_LONG, F.floor(number)))
+
+
+def _or_null(column: Column | None) -> Column:
+    return F.lit(None) if column is None else column
 
 
 def _bad_id(name: str) -> Column:

@@ -72,6 +72,7 @@ def test_otto_sessions(read):
         ("no readable event", lines[4]),
         ("no user id", '{"event":{"aid":"5","ts":"1659304900000","type":"clicks"}}'),
     ]
+    assert len({e.order for e in events}) == len(events)
     assert items == []
 
 
@@ -86,13 +87,16 @@ def test_amazon_2014(read):
         "{'asin': '0000013714', 'title': \"Blood and Roses: One Family's Struggle\", 'price': 5.98, 'related': "
         "{'also_bought': ['0061430765']}, 'salesRank': {'Books': 326205}, 'brand': 'Dr. Seuss', "
         "'categories': [['Beauty', 'Hair Care', 'Styling Tools'], ['Beauty', 'Make\\xa0up']]}",
-        "{'asin': '0005069491', 'description': None, 'categories': [['Toys & Games']]}",
+        "{'asin': '0005069491', 'title': 'half \\ud83d', 'description': None, 'categories': [['Toys & Games']]}",
         "{'asin': '0000000001', 'title': __import__('os').getcwd()}",
         "['0000000002']",
         "{'title': 'no id'}",
     ]
     events, items = read(
-        {"reviews_Books_5.json.gz": "\n".join(reviews), "meta_Books.json.gz": "\n".join(metadata)},
+        {
+            "reviews_Books_5.json.gz": "\n".join(reviews),
+            "meta_Books.json.gz": "\n".join(metadata).encode() + b"\n{'asin': '\xe9'}\n",
+        },
         "amazon", interactions="reviews_*", items="meta_*",
     )  # fmt: skip
     assert [(e.user_id, e.item_id, e.ts, e.event) for e in events[:1]] == [
@@ -101,12 +105,13 @@ def test_amazon_2014(read):
     assert (events[1].reason, events[1].raw) == ("no timestamp", reviews[1])
     assert [(i.item_id, i.text) for i in items if i.reason is None] == [
         ("0000013714", "Blood and Roses: One Family's Struggle Dr. Seuss Beauty Hair Care Styling Tools Make\xa0up"),
-        ("0005069491", "Toys & Games"),
+        ("0005069491", "half ? Toys & Games"),
     ]
     assert [(i.reason, i.raw) for i in items if i.reason] == [
         ("not one Python literal of an item", metadata[2]),
         ("not one Python literal of an item", metadata[3]),
         ("no item id", metadata[4]),
+        ("item id not in UTF-8", "{'asin': '\ufffd'}"),
     ]
 
 
