@@ -16,7 +16,7 @@ from pyspark.sql import types as T
 from contract.config import Etl
 from contract.schema import EOS, PAD, UNK
 
-MAX_TEXTS = 1_000_000  # a vocabulary does not improve beyond, and they are read into one machine
+MAX_TEXTS = 250_000  # a vocabulary does not improve beyond, and they are read into one machine
 # Only the first tokens of a text are kept, so only about as much of it is read. A token has 4 to 5 characters.
 CHARS_PER_TOKEN = 20
 # The partial sums of the training are added per thread: a fixed number of threads gives the same vocabulary anywhere.
@@ -96,8 +96,7 @@ def read_model(folder: Path) -> bytes:
 def train_model(items: DataFrame, vocab_size: int, max_item_tokens: int) -> bytes | None:
     """Trains SentencePiece (unigram) on the texts of `items` (item_idx, text); None if there is none.
 
-    Of more than a million items a uniform sample is read: item_idx is a random permutation, so the first million is
-    one.
+    Of more than MAX_TEXTS items a uniform sample is read: item_idx is a random permutation, so the first ones are one.
 
     Raises:
         ValueError: vocab_size does not even cover the characters.

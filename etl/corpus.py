@@ -29,6 +29,7 @@ from etl.tasks import run_tasks, unique_name
 BUCKET_BITS = 10  # a billion ids: a million in a bucket, which one task sorts
 ROWS_PER_FILE = 1 << 20
 ROWS_PER_GROUP = 1 << 16  # of a Parquet file
+PAIRS_PER_FILE = 1 << 21  # of an item and a user: what a task sorts at a time
 MS_PER_DAY = 86_400_000
 # interactions/ with the place of the event among its user's, which decides between equal times
 INTERACTIONS = schema.INTERACTIONS.append(pa.field("position", pa.int32()))
@@ -105,40 +106,29 @@ def with_dense_index(ids: DataFrame, key: str, seed: int, index: str) -> tuple[D
 def write_item_users(spark: SparkSession, pairs: list[Path], num_items: int, max_users: int, folder: Path) -> None:
     """Writes schema.ITEM_USERS from the files that shards left: of an item the max_users that were drawn first."""
     rows = spark.read.schema("item_idx int, drawn long, user_idx long").parquet(*map(str, pairs))
-    num_files = 1 + num_items * max_users // (8 * ROWS_PER_FILE)
+    num_files = 1 + num_items * max_users // PAIRS_PER_FILE
     part = F.floor((F.col("item_idx") - 1) * num_files / num_items).cast("int")
     write = functools.partial(_user_lists, max_users=max_users)
     folder.mkdir()
     rows = rows.select(part.alias("part"), *_PAIRS.names)
-    _write_files(rows, ["item_idx", "drawn", "user_idx"], _PAIRS, num_files, write, folder, "part-{:05d}.parquet")
+    _write_files(rows, [], _PAIRS, num_files, write, folder, "part-{:05d}.parquet")
 
 
 def _user_lists(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path, max_users: int) -> None:
-    """Pairs sorted by item -> a Parquet file of one row per item."""
-    with pq.ParquetWriter(path, schema.ITEM_USERS) as file:
-        for table in _whole_items(batches):
-            item = table["item_idx"].to_numpy()
-            starts = np.flatnonzero(np.concatenate([[True], item[1:] != item[:-1]]))
-            sizes = np.diff(starts, append=len(item))
-            first = np.arange(len(item)) - np.repeat(starts, sizes) < max_users
-            sizes = np.minimum(sizes, max_users)
-            user, row = table["user_idx"].to_numpy()[first], np.repeat(np.arange(len(sizes)), sizes)
-            lists = pa.ListArray.from_arrays(_offsets(sizes), pa.array(user[np.lexsort((user, row))]))
-            file.write_table(pa.table([pa.array(item[starts]), lists], schema=schema.ITEM_USERS), ROWS_PER_GROUP)
-
-
-def _whole_items(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Tables of some million rows that end where an item does."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        item = batch["item_idx"].to_numpy()
-        if sum(b.num_rows for b in waiting) >= ROWS_PER_FILE and item[0] != item[-1]:
-            cut = int(np.searchsorted(item, item[-1]))
-            yield pa.Table.from_batches([*waiting, batch.slice(0, cut)])
-            waiting, batch = [], batch.slice(cut)
-        waiting.append(batch)
-    if waiting:
-        yield pa.Table.from_batches(waiting)
+    """Pairs of a part, in any order -> a Parquet file of one row per item. Sorted here: a part is small."""
+    table = pa.Table.from_batches(batches).combine_chunks()
+    item, drawn, user = (table[name].to_numpy() for name in columns.names)
+    order = np.lexsort((user, drawn, item))
+    item, user = item[order], user[order]
+    starts = np.flatnonzero(np.concatenate([[True], item[1:] != item[:-1]]))
+    sizes = np.diff(starts, append=len(item))
+    first = np.arange(len(item)) - np.repeat(starts, sizes) < max_users
+    sizes, user = np.minimum(sizes, max_users), user[first]
+    row = np.repeat(np.arange(len(sizes)), sizes)
+    lists = pa.ListArray.from_arrays(_offsets(sizes), pa.array(user[np.lexsort((user, row))]))
+    pq.write_table(
+        pa.table([pa.array(item[starts]), lists], schema=schema.ITEM_USERS), path, row_group_size=ROWS_PER_GROUP
+    )
 
 
 # --- users, and what they did ---
@@ -428,7 +418,7 @@ Writer = Callable[[Iterator[pa.RecordBatch], pa.Schema, Path], None]
 def _write_files(
     rows: DataFrame, order: list[str], columns: pa.Schema, num_files: int, write: Writer, folder: Path, name: str
 ) -> None:
-    """Writes the rows of each `part` (int column, 0..num_files - 1), sorted by `order`, into a file of its own.
+    """Writes the rows of each `part` (int column, 0..num_files - 1), sorted by `order` if any, into a file of its own.
 
     `write(batches, columns, path)` runs in the task of a part. Files are named by the parts that have rows, 0, 1, ..
     """
@@ -444,8 +434,9 @@ def _write_files(
         parts = {"part": pa.array([first["part"][0].as_py()], pa.int32()), "file": [temporary]}
         yield pa.RecordBatch.from_pydict(parts)
 
-    written = rows.repartitionById(num_files, "part").sortWithinPartitions(*order)
-    parts = written.mapInArrow(write_part, "part int, file string").collect()
+    rows = rows.repartitionById(num_files, "part")
+    rows = rows.sortWithinPartitions(*order) if order else rows
+    parts = rows.mapInArrow(write_part, "part int, file string").collect()
     for number, part in enumerate(sorted(parts, key=lambda row: row.part)):
         (stage / part.file).rename(folder / name.format(number))
     shutil.rmtree(stage)

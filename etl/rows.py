@@ -6,7 +6,7 @@ Events (`EVENTS`), one row per event of the input, the unusable ones too:
     reason string (why the row cannot be used; null: it can), raw string (the input row, if it cannot)
 
 Items (`ITEMS`):
-    item_id string, text string (the texts joined with a space, not normalised), order, reason, raw
+    item_id string, text string (the texts, a line each, not normalised), order, reason, raw
 
 What lies between the two is a table with a column `block` (see `order`), `broken` (a reason that is known from the
 row as a whole, or null) and `raw`, and with the fields of the format.
@@ -257,7 +257,7 @@ def to_events(
 
 def to_items(rows: DataFrame, item_id: Column, texts: list[Column]) -> DataFrame:
     """`ITEMS` of rows that hold one item each. The texts are strings; null and empty ones are left out."""
-    text = F.concat_ws(" ", *(F.nullif(text, F.lit("")) for text in texts))
+    text = F.concat_ws("\n", *(F.nullif(text, F.lit("")) for text in texts))
     parsed = rows.select(
         F.trim(item_id.cast("string")).alias("item_id"), text.alias("text"), order().alias("order"), "broken", "raw"
     )
