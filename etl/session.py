@@ -3,15 +3,18 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
 from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 
@@ -36,6 +39,11 @@ def spark_session(name: str) -> Iterator[SparkSession]:
             yield spark
     except ConnectionError as error:
         raise RuntimeError("Spark's JVM is gone; was it killed, or short of memory (--driver-memory)?") from error
+    except (Py4JError, PySparkException) as error:
+        if unreadable := re.search(r"FAILED_READ_FILE\S*\].*?file:/*(/[^\s]*[^\s.])", str(error)):
+            file = urllib.parse.unquote(unreadable[1])
+            raise ValueError(f"{file} cannot be read: it is damaged or cut off; mend it, or leave it out") from error
+        raise
     finally:
         with contextlib.suppress(ConnectionError, Py4JError):  # nothing is left to stop
             spark.stop()

@@ -104,8 +104,8 @@ def test_amazon_2014(read):
     ]
     assert (events[1].reason, events[1].raw) == ("no timestamp", reviews[1])
     assert [(i.item_id, i.text) for i in items if i.reason is None] == [
-        ("0000013714", "Blood and Roses: One Family's Struggle Dr. Seuss Beauty Hair Care Styling Tools Make\xa0up"),
-        ("0005069491", "half ? Toys & Games"),
+        ("0000013714", "Blood and Roses: One Family's Struggle\nDr. Seuss\nBeauty Hair Care Styling Tools Make\xa0up"),
+        ("0005069491", "half ?\nToys & Games"),
     ]
     assert [(i.reason, i.raw) for i in items if i.reason] == [
         ("not one Python literal of an item", metadata[2]),
@@ -147,10 +147,10 @@ def test_amazon_2018_and_2023_in_one_folder(read):
         ("u", "i", None, "not 4 CSV fields"),
     ]
     assert [(i.item_id, i.text, i.reason) for i in items] == [
-        ("old", "T C", None),
-        ("B0000530HU", "Loud 'N Clear&trade; idea village All Beauty Hair", None),
+        ("old", "T\nC", None),
+        ("B0000530HU", "Loud 'N Clear&trade;\nidea village\nAll Beauty Hair", None),
         (None, "", "no item id"),
-        ("B00YQ6X8E0", "Howard LC0008 Howard Products Care Soap", None),
+        ("B00YQ6X8E0", "Howard LC0008\nHoward Products\nCare Soap", None),
     ]
 
 
@@ -176,7 +176,7 @@ def test_foodcom(read):
     assert reasons(events) == [None, "no item id", "timestamp not in unit 'iso'"]
     assert items[0].item_id == "137739"
     assert items[0].text == (
-        'arriba   baked winter squash autumn is my favorite time,\r\nit\'s "squash" time 60-minutes-or-less mexican'
+        'arriba   baked winter squash\nautumn is my favorite time,\r\nit\'s "squash" time\n60-minutes-or-less mexican'
     )
     assert [(i.reason, i.raw) for i in items[1:]] == [("not 12 CSV fields", "cut off,31490,30")]
 
@@ -208,8 +208,8 @@ def test_tencentgr(read, nested):
     assert reasons(events) == [None] * 3 + [unknown, unknown, "no item id", "no timestamp", "no readable event"]
     assert events[3].raw == '{"user_id":16,"event":{"item_id":6,"action_type":3,"timestamp":1746501079}}'
     assert [(i.item_id, i.text) for i in items] == [
-        ("20000000004", "99=7 100=6 101=31 110=1 110=2"),
-        ("5", "99=8 100=2"),
+        ("20000000004", "99=7\n100=6\n101=31\n110=1 110=2"),
+        ("5", "99=8\n100=2"),
     ]
 
 

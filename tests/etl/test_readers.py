@@ -184,7 +184,7 @@ def test_parquet_keeps_typed_times(read):
     )  # fmt: skip
     assert (events[0].user_id, events[0].ts, events[0].reason) == ("1", 1_700_000_000_123, None)
     assert (events[1].reason, json.loads(events[1].raw)["item_id"]) == ("no user id", "b")
-    assert texts[0].text == "T x y 1 2"
+    assert texts[0].text == "T\nx y\n1 2"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_item_texts_join_lists_and_leave_out_what_is_empty(read):
         {"log.csv": "user_id,item_id,timestamp\nu,a,1\n", "items.jsonl.zst": "\n".join(lines)},
         "csv", interactions="log.csv", items="items.jsonl.zst", items_format="jsonl", text_columns="title,tags",
     )  # fmt: skip
-    assert [i.text for i in items] == ["T x y z", "[not a list", "z"]
+    assert [i.text for i in items] == ["T\nx y z", "[not a list", "z"]
 
 
 @pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
