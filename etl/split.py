@@ -185,8 +185,7 @@ def read_statistics(spark: SparkSession, settled: list[Settled], stage: Path) ->
 
 def _settle(name: str, out: list[str], etl: Etl, seed: int, at: Bounds, stage: Path) -> Settled | None:
     block = read_block(stage, name)
-    if out:
-        block = block.select(survivors(block, read_items(stage, out), etl.min_user))
+    block = block.select(survivors(block, read_items(stage, out), etl.min_user))
     split, keep = assign(block, etl, seed, at)
     return _write_settled(dataclasses.replace(block, split=split).select(keep), stage)
 
