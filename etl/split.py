@@ -163,7 +163,7 @@ def settle(
     """Drops from the blocks what the k-core left `out`, and splits what remains; blocks without events end here."""
     task = functools.partial(_settle, out=out, etl=etl, seed=seed, at=at, stage=stage)
     settled = [block for block in run_tasks(spark, task, blocks) if block]
-    if etl.split == "otto":
+    if etl.split == "otto" and settled:
         known = f"known-{unique_name()}"
         statistics = read_statistics(spark, settled, stage)
         statistics.where(F.col("num_train") > 0).select("item").write.parquet(str(stage / known))
