@@ -112,7 +112,7 @@ def profile(census: DataFrame) -> Profile:
 
 def check_bad_share(found: Profile, rows: DataFrame, what: str, max_bad_share: float) -> None:
     """Raises ValueError, with the counts and an example per reason, when too much or everything is unusable."""
-    if found.num_bad <= max_bad_share * found.num_read and found.num_good:
+    if found.num_bad <= max_bad_share * found.num_read and (found.num_good or not found.num_read):
         return
     first = F.min_by(F.substring("raw", 1, 200), "order").alias("raw")
     bad = rows.where(F.col("reason").isNotNull()).groupBy("reason").agg(first)
