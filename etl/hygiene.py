@@ -147,7 +147,8 @@ def without_bots(log: DataFrame, max_daily_events: int) -> tuple[DataFrame, int]
     day = F.floor(F.col("ts") / MS_PER_DAY)
     per_day = log.where(F.col("reason").isNull()).groupBy("user_id", day.alias("day")).count()
     bots = per_day.where(F.col("count") > max_daily_events).select("user_id").distinct().persist()
-    return log.join(bots, "user_id", "left_anti"), bots.count()
+    is_bot = (log["user_id"] == bots["user_id"]) & log["reason"].isNull()
+    return log.join(bots, is_bot, "left_anti"), bots.count()
 
 
 def pseudonym_key(etl: Etl) -> bytes | None:
