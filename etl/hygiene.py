@@ -176,8 +176,8 @@ def with_pseudonyms(log: DataFrame, key: bytes) -> DataFrame:
 
     @F.arrow_udf(T.StringType())
     def pseudonym(users: pa.Array) -> pa.Array:
-        distinct = users.dictionary_encode()
-        hashed = [hmac.digest(key, user.encode(), "sha256")[:16].hex() for user in distinct.dictionary.to_pylist()]
+        distinct = users.cast(pa.binary()).dictionary_encode()  # bytes: bad rows have ids that are not UTF-8
+        hashed = [hmac.digest(key, user, "sha256")[:16].hex() for user in distinct.dictionary.to_pylist()]
         return pa.array(hashed, pa.string()).take(distinct.indices)
 
     return log.withColumn("user_id", pseudonym("user_id")).withColumn("raw", F.lit(None).cast("string"))
