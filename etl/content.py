@@ -45,9 +45,11 @@ def normalise(text: str, max_chars: int) -> str:
         if "&" not in text:
             break
         text = html.unescape(text)
-    lines = (_BLANKS.sub(" ", line).strip() for line in text.splitlines())
-    distinct = {line.casefold(): line for line in reversed(list(lines)) if line}
-    return " ".join(reversed(distinct.values()))[:max_chars].rstrip()
+    distinct: dict[str, str] = {}
+    for line in text.splitlines():
+        line = _BLANKS.sub(" ", line).strip()
+        distinct.setdefault(line.casefold(), line)
+    return " ".join(filter(None, distinct.values()))[:max_chars].rstrip()
 
 
 def with_normal_text(items: DataFrame, max_chars: int) -> DataFrame:

@@ -147,7 +147,8 @@ def without_bots(log: DataFrame, max_daily_events: int) -> tuple[DataFrame, int]
     day = F.floor(F.col("ts") / MS_PER_DAY)
     per_day = log.where(F.col("reason").isNull()).groupBy("user_id", day.alias("day")).count()
     bots = per_day.where(F.col("count") > max_daily_events).select("user_id").distinct().persist()
-    return log.join(bots, "user_id", "left_anti"), bots.count()
+    is_bot = (log["user_id"] == bots["user_id"]) & log["reason"].isNull()
+    return log.join(bots, is_bot, "left_anti"), bots.count()
 
 
 def pseudonym_key(etl: Etl) -> bytes | None:
@@ -175,8 +176,8 @@ def with_pseudonyms(log: DataFrame, key: bytes) -> DataFrame:
 
     @F.arrow_udf(T.StringType())
     def pseudonym(users: pa.Array) -> pa.Array:
-        distinct = users.dictionary_encode()
-        hashed = [hmac.digest(key, user.encode(), "sha256")[:16].hex() for user in distinct.dictionary.to_pylist()]
+        distinct = users.cast(pa.binary()).dictionary_encode()  # bytes: bad rows have ids that are not UTF-8
+        hashed = [hmac.digest(key, user, "sha256")[:16].hex() for user in distinct.dictionary.to_pylist()]
         return pa.array(hashed, pa.string()).take(distinct.indices)
 
     return log.withColumn("user_id", pseudonym("user_id")).withColumn("raw", F.lit(None).cast("string"))

@@ -35,17 +35,17 @@ def k_core(spark: SparkSession, blocks: list[str], min_user: int, min_item: int,
     A round keeps the users with min_user events on the items left, then the items with min_item events of those users.
     """
     counts, out = stage / f"counts-{unique_name()}", []
-    before = None
+    before = []
     while True:
         task = functools.partial(_count_changes, min_user=min_user, out=list(out), stage=stage)
         answers = run_tasks(spark, task, blocks)
         changes = [str(stage / name) for name, _, _ in answers if name]
-        summed = spark.read.parquet(*changes, *([str(before)] if before else [])) if changes or before else None
-        if not changes:
+        if not changes:  # in the first round alone: no user has min_user events
+            yield Round(0, 0, 0, out)
             return
         # Sums of int64: the order of the files does not matter.
-        summed = summed.groupBy("item").agg(F.sum("num").alias("num")).where(F.col("num") > 0)
-        summed.write.parquet(str(counts))
+        summed = spark.read.parquet(*changes, *before).groupBy("item").agg(F.sum("num").alias("num"))
+        summed.where(F.col("num") > 0).write.parquet(str(counts))
         few = F.col("num") < min_item
         found = spark.read.parquet(str(counts))
         num_items, num_out = found.agg(F.count_if(~few), F.count_if(few)).first()
@@ -54,7 +54,7 @@ def k_core(spark: SparkSession, blocks: list[str], min_user: int, min_item: int,
         yield Round(sum(n for _, n, _ in answers), num_items, sum(n for _, _, n in answers), list(out))
         if not num_out:
             return
-        before, counts = counts, stage / f"counts-{unique_name()}"
+        before, counts = [str(counts)], stage / f"counts-{unique_name()}"
 
 
 def survivors(block: Block, out: np.ndarray, min_user: int) -> np.ndarray:

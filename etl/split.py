@@ -163,7 +163,7 @@ def settle(
     """Drops from the blocks what the k-core left `out`, and splits what remains; blocks without events end here."""
     task = functools.partial(_settle, out=out, etl=etl, seed=seed, at=at, stage=stage)
     settled = [block for block in run_tasks(spark, task, blocks) if block]
-    if etl.split == "otto":
+    if etl.split == "otto" and settled:
         known = f"known-{unique_name()}"
         statistics = read_statistics(spark, settled, stage)
         statistics.where(F.col("num_train") > 0).select("item").write.parquet(str(stage / known))
@@ -185,8 +185,7 @@ def read_statistics(spark: SparkSession, settled: list[Settled], stage: Path) ->
 
 def _settle(name: str, out: list[str], etl: Etl, seed: int, at: Bounds, stage: Path) -> Settled | None:
     block = read_block(stage, name)
-    if out:
-        block = block.select(survivors(block, read_items(stage, out), etl.min_user))
+    block = block.select(survivors(block, read_items(stage, out), etl.min_user))
     split, keep = assign(block, etl, seed, at)
     return _write_settled(dataclasses.replace(block, split=split).select(keep), stage)
 

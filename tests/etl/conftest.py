@@ -40,10 +40,17 @@ def _stopped_at_the_end():
 
 @pytest.fixture
 def log(spark):
-    """Rows (user, item, ts[, event[, split]]) as a table of etl.readers, in this input order."""
+    """Rows (user, item, ts[, event[, split]]) as a table of etl.readers, in this input order.
 
-    def table(*rows: tuple) -> DataFrame:
-        full = [(*row, *[None] * (5 - len(row)), number, None, None) for number, row in enumerate(rows)]
+    `bad`: {position: reason} of rows that cannot be used; their raw text is "row <position>".
+    """
+
+    def table(*rows: tuple, bad: dict[int, str] | None = None) -> DataFrame:
+        bad = bad or {}
+        full = [
+            (*row, *[None] * (5 - len(row)), number, bad.get(number), f"row {number}" if number in bad else None)
+            for number, row in enumerate(rows)
+        ]
         return spark.createDataFrame(full, EVENTS_SCHEMA).select(*readers.EVENTS)
 
     return table
