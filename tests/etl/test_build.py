@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import hmac
+import itertools
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -110,7 +111,7 @@ def check_whole(artifact):
 
     steps = report["filters"]
     assert steps[0]["left"] == counts["num_rows_read"]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         assert 0 < after["removed"] == before["left"] - after["left"]
     names = (*schema.SPLITS, "context")
     assert steps[-1]["left"] == sum(counts[f"num_{name}"] for name in names)
