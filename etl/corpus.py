@@ -71,7 +71,7 @@ def number_catalog(occurring: DataFrame, texts: DataFrame, seed: int, folder: Pa
 def dense_items(catalog: DataFrame, statistics: DataFrame, whole: bool, seed: int) -> tuple[DataFrame, int]:
     """Numbers 1..I the items with an event left, if `whole` also those that only have a text.
 
-    Returns (number, item_idx, item_id, num (events), num_train, first_ts; I).
+    Returns (number, item_idx, item_id, num (events), num_train, num_train_users, first_ts; I).
 
     Args:
         catalog: of `number_catalog`.
@@ -79,7 +79,7 @@ def dense_items(catalog: DataFrame, statistics: DataFrame, whole: bool, seed: in
     """
     left = catalog.join(statistics.withColumnRenamed("item", "number"), "number", "left")
     left = left.where(F.col("num").isNotNull() | (F.col("listed") if whole else F.lit(False)))
-    left = left.fillna({"num": 0, "num_train": 0, "first_ts": schema.NO_TIME})
+    left = left.fillna({"num": 0, "num_train": 0, "num_train_users": 0, "first_ts": schema.NO_TIME})
     return with_dense_index(left.drop("listed", "item_key"), "item_id", seed, "item_idx")
 
 
@@ -188,7 +188,7 @@ def write_shards(
 ) -> list[Written]:
     """Writes users.parquet, interactions/ and the WebDataset shards into `folder`, and pairs for the item users.
 
-    `items` is a Parquet folder of number (of the catalog), item_idx, num_train. `dated`: times are dates.
+    `items` is a Parquet folder of number (of the catalog), item_idx, num_train_users. `dated`: times are dates.
     """
     task = functools.partial(_write_shard, items=items, etl=etl, seed=seed, dated=dated, stage=stage)
     written = run_tasks(spark, task, shards)
@@ -201,7 +201,7 @@ def write_shards(
 
 
 def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, stage: Path) -> Written:
-    mapping = pq.read_table(items, columns=["number", "item_idx", "num_train"]).sort_by("number")
+    mapping = pq.read_table(items, columns=["number", "item_idx", "num_train_users"]).sort_by("number")
     mapping = [mapping[name].to_numpy() for name in mapping.column_names]
     writers = {
         "users": _ParquetFile(stage, f"users.parquet/part-{shard.number:05d}.parquet", schema.USERS),
@@ -217,7 +217,7 @@ def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, st
         user_idx = np.arange(first_user, first_user + len(block.num_events))
         first_user += len(user_idx)
         place = np.searchsorted(mapping[0], block.item)
-        item_idx, num_train = (values[place][block.code] for values in mapping[1:])
+        item_idx, num_train_users = (values[place][block.code] for values in mapping[1:])
         writers["users"].write(user_idx=user_idx, user_id=block.user_id)
         writers["interactions"].write(
             user_idx=user_idx[block.row],
@@ -229,7 +229,7 @@ def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, st
         )
         for code, split in enumerate(schema.SPLITS):
             writers[split].write(sequences(block, user_idx, item_idx, code, etl.valid_in_history))
-        pairs.write(**_drawn_pairs(block, user_idx, item_idx, num_train, etl.max_users_per_item, seed))
+        pairs.write(**_drawn_pairs(block, user_idx, item_idx, num_train_users, etl.max_users_per_item, seed))
         num_by_split += np.bincount(block.split, minlength=4)
         num_by_length += np.bincount(np.log2(block.num_events).astype(int), minlength=64)
         num_by_type += np.bincount(block.event, minlength=128)
@@ -289,17 +289,17 @@ def sequences(block: Block, user_idx: np.ndarray, item_idx: np.ndarray, part: in
     return pa.table([pa.array(user_idx[users]), *lists], schema=schema.SEQUENCES)
 
 
-def _drawn_pairs(block: Block, user_idx, item_idx, num_train, max_users: int, seed: int) -> dict[str, np.ndarray]:
+def _drawn_pairs(block: Block, user_idx, item_idx, num_users, max_users: int, seed: int) -> dict[str, np.ndarray]:
     """Train events, one of a user and item, with a hash by which an item's users are drawn; most of the hopeless are
-    left out where an item has many."""
+    left out where an item has many. `num_users` int64 (N,): train users of the item of every event."""
     rows = np.flatnonzero(block.split == schema.TRAIN)
     pair = block.row[rows].astype(np.int64) * len(block.item) + block.code[rows]
     if len(np.unique(pair)) < len(rows):
         rows = rows[np.unique(pair, return_index=True)[1]]
     user, item = user_idx[block.row[rows]], item_idx[rows]
     drawn = (mixed(seed, item, user) >> np.uint64(1)).astype(np.int64)
-    share = np.minimum(OVERDRAW * max_users / num_train[rows], 1)
-    lucky = (drawn * 2.0**-63 < share) | (num_train[rows] <= max_users)
+    share = np.minimum(OVERDRAW * max_users / num_users[rows], 1)
+    lucky = (drawn * 2.0**-63 < share) | (num_users[rows] <= max_users)
     return {"item_idx": item[lucky], "drawn": drawn[lucky], "user_idx": user[lucky]}
 
 

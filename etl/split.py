@@ -154,7 +154,8 @@ class Settled:
 
     name: str
     num_users: int
-    statistics: str  # Parquet file: item (catalog number), num, num_train, first_ts of train (NO_TIME: unknown)
+    # Parquet file: item (catalog number), num, num_train, num_train_users, first_ts of train (NO_TIME: unknown)
+    statistics: str
 
 
 def settle(
@@ -173,12 +174,13 @@ def settle(
 
 
 def read_statistics(spark: SparkSession, settled: list[Settled], stage: Path) -> DataFrame:
-    """item int (catalog number), num, num_train, first_ts: of all blocks together."""
+    """item int (catalog number), num, num_train, num_train_users, first_ts: of all blocks together."""
     rows = spark.read.parquet(*(str(stage / block.statistics) for block in settled))
     dated = F.when(F.col("first_ts") != NO_TIME, F.col("first_ts"))
     return rows.groupBy("item").agg(
         F.sum("num").alias("num"),
         F.sum("num_train").alias("num_train"),
+        F.sum("num_train_users").alias("num_train_users"),
         F.coalesce(F.min(dated), F.lit(NO_TIME)).alias("first_ts"),
     )
 
@@ -203,8 +205,10 @@ def _write_settled(block: Block, stage: Path) -> Settled | None:
     dated = train & (block.ts != NO_TIME)
     np.minimum.at(first_ts, block.code[dated], block.ts[dated])
     first_ts[first_ts == np.iinfo(np.int64).max] = NO_TIME
-    num, num_train = (np.bincount(code, minlength=len(block.item)) for code in (block.code, block.code[train]))
-    table = pa.table({"item": block.item, "num": num, "num_train": num_train, "first_ts": first_ts})
+    pairs = np.unique(block.row[train].astype(np.int64) * len(block.item) + block.code[train])
+    codes = {"num": block.code, "num_train": block.code[train], "num_train_users": pairs % len(block.item)}
+    nums = {name: np.bincount(code, minlength=len(block.item)) for name, code in codes.items()}
+    table = pa.table({"item": block.item, **nums, "first_ts": first_ts})
     file = f"{unique_name()}.statistics"
     pq.write_table(table, stage / file)
     return Settled(write_block(block, stage), len(block.num_events), file)

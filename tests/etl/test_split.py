@@ -193,7 +193,7 @@ def test_ottos_cut(seed):
         assert {row[3] for row in targets} == {part}
         assert 1 <= len(context) < len(events)
         assert [row[:3] for row in context] == [event[:3] for event in events[: len(context)]]
-        rest = [event for event in events[len(context) :]]
+        rest = events[len(context) :]
         assert {(kind, item) for item, _, kind, _ in targets} == otto_labels(rest)
         assert len(targets) == len(otto_labels(rest))  # each once
         times = [row[1] for row in targets]
@@ -246,19 +246,20 @@ def settled_events(settled, stage):
 
 
 def statistics_of(events):
-    """{item: (num, num_train, first_ts)} by plain Python."""
+    """{item: (num, num_train, num_train_users, first_ts)} by plain Python."""
+    rows = [(user, *row) for user, of_user in events.items() for row in of_user]
     found = {}
-    for item, ts, _, part in (row for rows in events.values() for row in rows):
-        num, num_train, first = found.get(item, (0, 0, NO_TIME))
-        dated = part == TRAIN and ts != NO_TIME
-        first = (min(ts, first) if first != NO_TIME else ts) if dated else first
-        found[item] = (num + 1, num_train + (part == TRAIN), first)
+    for item in {row[1] for row in rows}:
+        of_item = [row for row in rows if row[1] == item]
+        train = [row for row in of_item if row[4] == TRAIN]
+        times = [row[2] for row in train if row[2] != NO_TIME]
+        found[item] = (len(of_item), len(train), len({row[0] for row in train}), min(times, default=NO_TIME))
     return found
 
 
 def read_statistics(spark, settled, stage):
     rows = split.read_statistics(spark, settled, stage).collect()
-    return {row.item: (row["num"], row.num_train, row.first_ts) for row in rows}
+    return {row.item: (row["num"], row.num_train, row.num_train_users, row.first_ts) for row in rows}
 
 
 def test_settle_by_time_after_the_core(spark, tmp_path):
