@@ -154,6 +154,7 @@ class Job:
             "spark.executor.memory": "640m", "spark.executor.extraJavaOptions": FAST_START, "spark.ui.enabled": "false",
             "spark.sql.shuffle.partitions": "2", "spark.eventLog.enabled": "true", "spark.eventLog.compress": "false",
             "spark.eventLog.rolling.enabled": "false", "spark.eventLog.dir": self.events.as_uri(),
+            "spark.hadoop.fs.defaultFS": "hdfs://127.0.0.1:9",  # as on YARN; nobody is there
         }  # fmt: skip
         words = [SPARK_HOME / "bin" / "spark-submit", "--master", master, "--driver-java-options", FAST_START]
         words += [word for key, value in conf.items() for word in ("--conf", f"{key}={value}")]
