@@ -25,7 +25,7 @@ from contract.config import Config
 from contract.tracking import track
 from etl import account, blocks, content, corpus, hygiene, readers, report, split
 from etl.kcore import k_core
-from etl.session import spark_session
+from etl.session import check_shared, spark_session
 
 
 def main(argv: list[str]) -> None:
@@ -60,6 +60,7 @@ def build(
     etl, seed = config.etl, config.seed
     stage = folder / "_stage"
     stage.mkdir()
+    check_shared(spark, stage)
 
     # What can be used of the log, and of what the items say
     log = readers.read_events(spark, config, files)

@@ -1,6 +1,7 @@
 """The Spark session: our defaults where spark-submit --conf says nothing, our code on the executors."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -13,14 +14,30 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
-from py4j.protocol import Py4JError
+from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
+
+from etl.tasks import run_tasks, unique_name
+
+# What Python and Java say, in the midst of a failed task's stack, of a disk that cannot be written.
+_DISK_TROUBLE = re.compile(
+    r"[\w.]+(?:Error|Exception): (?:(?!Error: |Exception: ).)*(?:No space left on device|Disk quota exceeded"
+    r"|Permission denied|Read-only file system|Mkdirs failed to create).*"
+)
+
+# What Spark says of an input file that it began to read and could not.
+_UNREADABLE = re.compile(r"FAILED_READ_FILE\S*\].*?file:/*(/[^\s]*[^\s.])")
 
 
 @contextlib.contextmanager
 def spark_session(name: str) -> Iterator[SparkSession]:
-    """A session that is stopped at the end, whatever happens."""
+    """A session that is stopped at the end, whatever happens.
+
+    Raises:
+        ValueError: a task found an input file damaged, a disk full, or a folder that it must not write.
+        RuntimeError: the JVM is gone.
+    """
     # Executors run the driver's interpreter; by its bare name they would find the system's.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = SparkSession.builder.appName(name).config("spark.log.level", "ERROR")
@@ -39,14 +56,27 @@ def spark_session(name: str) -> Iterator[SparkSession]:
             yield spark
     except ConnectionError as error:
         raise RuntimeError("Spark's JVM is gone; was it killed, or short of memory (--driver-memory)?") from error
-    except (Py4JError, PySparkException) as error:
-        if unreadable := re.search(r"FAILED_READ_FILE\S*\].*?file:/*(/[^\s]*[^\s.])", str(error)):
-            file = urllib.parse.unquote(unreadable[1])
-            raise ValueError(f"{file} cannot be read: it is damaged or cut off; mend it, or leave it out") from error
+    except (Py4JJavaError, PySparkException) as error:
+        if message := _what_to_mend(str(error)):
+            raise ValueError(message) from error
         raise
     finally:
         with contextlib.suppress(ConnectionError, Py4JError):  # nothing is left to stop
             spark.stop()
+
+
+def _what_to_mend(failure: str) -> str | None:
+    """The message for a failed task's stack, None if it is not the user's to mend."""
+    if unreadable := _UNREADABLE.search(failure):
+        return (
+            f"{urllib.parse.unquote(unreadable[1])} cannot be read: it is damaged or cut off; mend it, or leave it out"
+        )
+    if trouble := _DISK_TROUBLE.search(failure):
+        return (
+            f"a task could not write: {trouble[0]}; the work folder needs room, and to be shared with the executors "
+            "and writable for them; shuffles and spills need room in spark.local.dir"
+        )
+    return None
 
 
 def _set_defaults(spark: SparkSession) -> None:
@@ -62,6 +92,36 @@ def _set_defaults(spark: SparkSession) -> None:
     for key, value in defaults.items():
         if not given.contains(key):
             spark.conf.set(key, value)
+    # Paths are of the file system that all machines mount, as pyarrow sees them too, whatever the default of a Hadoop
+    # cluster is. Only for our reads and writes: YARN's own staging stays where the cluster has it.
+    spark.conf.set("fs.defaultFS", "file:///")
+
+
+def check_shared(spark: SparkSession, folder: Path) -> None:
+    """Lets a task for every core write a file into the folder, and looks whether it is there.
+
+    Raises:
+        ValueError: an executor cannot write there, or has another folder of this name.
+    """
+    probe = functools.partial(_probe, folder=folder)
+    for host, name, error in run_tasks(spark, probe, list(range(spark.sparkContext.defaultParallelism))):
+        if error or not (folder / name).is_file():
+            what = error or f"a file that it wrote into {folder} is not there for the driver"
+            raise ValueError(
+                f"the executor on {host} does not share the work folder: {what}; "
+                "choose one (--work=...) on a file system that all machines mount under the same path"
+            )
+        (folder / name).unlink()
+
+
+def _probe(_: int, folder: Path) -> tuple[str, str, str]:
+    """(host, name of the file written, the error if it was not)."""
+    name = unique_name()
+    try:
+        (folder / name).touch()
+    except OSError as error:
+        return os.uname().nodename, name, str(error)
+    return os.uname().nodename, name, ""
 
 
 def _zip_code(folder: Path) -> str:

@@ -30,8 +30,12 @@ SPARK_ENV = """\
 case "${{JAVA_HOME:-}}" in {replaced_java}) JAVA_HOME={java_home} ;; esac
 # Executors take `python3` from the PATH, unless told otherwise.
 : "${{PYSPARK_PYTHON:={python}}}"
-# The name of a laptop or container often resolves to an address that nothing listens on. On a cluster, set it.
-: "${{SPARK_LOCAL_IP:=127.0.0.1}}"
+# A run on this machine alone keeps to the loopback: the name of a laptop or container often resolves to an address that
+# nothing listens on. On a cluster other machines have to reach this one, so Spark goes by the name, or by what is set.
+case "$* ${{MASTER:-}}" in
+  *spark://* | *k8s://* | *yarn* | *spark.master* | *--properties-file* | *.deploy.master.* | *.deploy.worker.*) ;;
+  *) : "${{SPARK_LOCAL_IP:=127.0.0.1}}" ;;
+esac
 """
 
 # The console is for the stages' own progress; an executor's failure still shows.

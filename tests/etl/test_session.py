@@ -2,7 +2,32 @@ import gzip
 
 import pytest
 
-from etl.session import spark_session
+from etl.session import check_shared, spark_session
+from etl.tasks import run_tasks
+
+
+def test_a_full_disk_is_one_message():
+    def write(_: int) -> None:
+        with open("/dev/full", "w") as file:
+            file.write("x")
+
+    with (
+        pytest.raises(ValueError, match=r"^a task could not write: OSError: \[Errno 28\] No space left on device; the"),
+        spark_session("test") as spark,
+    ):
+        run_tasks(spark, write, [1])
+
+
+def test_other_errors_of_tasks_stay_what_they_are():
+    with pytest.raises(Exception, match="ZeroDivisionError"), spark_session("test") as spark:
+        run_tasks(spark, lambda task: 1 / task, [0])
+
+
+def test_a_folder_that_executors_have_not_got(tmp_path, spark):
+    check_shared(spark, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"does not share the work folder: .*No such file or directory.*--work"):
+        check_shared(spark, tmp_path / "elsewhere")
 
 
 def test_a_damaged_input_file_is_named(spark, tmp_path):
@@ -12,8 +37,3 @@ def test_a_damaged_input_file_is_named(spark, tmp_path):
     with pytest.raises(ValueError, match="cannot be read: it is damaged") as error, spark_session("test") as session:
         session.read.text(str(file)).count()
     assert str(file) in str(error.value)
-
-
-def test_other_failures_are_not_hidden(spark):
-    with pytest.raises(Exception, match="nowhere"), spark_session("test") as session:
-        session.sql("SELECT nowhere")

@@ -69,11 +69,12 @@ def test_the_java_wrapper_drops_what_the_runtime_does_not_know(tmp_path):
     setup_spark.write_java_home(runtime, home)  # again, over the old one
 
 
-def sourced(spark_home: Path, **environment: str) -> dict[str, str]:
-    """The variables that spark-submit exports after conf/spark-env.sh."""
+def sourced(spark_home: Path, *words: str, **environment: str) -> dict[str, str]:
+    """The variables that spark-class, called with these words, exports after conf/spark-env.sh."""
     script = f"set -a; . {spark_home}/conf/spark-env.sh; env"
     environment = {"PATH": os.environ["PATH"], **environment}
-    lines = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+    call = ["bash", "-c", script, "spark-class", *words]
+    lines = subprocess.run(call, env=environment, capture_output=True, text=True, check=True).stdout
     return dict(line.split("=", 1) for line in lines.splitlines())
 
 
@@ -85,6 +86,28 @@ def test_spark_env_fills_in_what_is_not_set(tmp_path):
     mine = {"JAVA_HOME": "/mine", "SPARK_LOCAL_IP": "10.0.0.1", "PYSPARK_PYTHON": "/my/python"}
     assert sourced(tmp_path, **mine).items() >= mine.items()
     assert sourced(tmp_path, JAVA_HOME="/old java")["JAVA_HOME"] == "/fit java"
+
+
+SUBMIT = "org.apache.spark.deploy.SparkSubmit"
+
+
+@pytest.mark.parametrize(
+    ("words", "local"),
+    [
+        ([SUBMIT, "pyspark-shell"], True),
+        ([SUBMIT, "--master", "local[2]", "etl/build.py", "--tracking.uri=sqlite:///a.db"], True),
+        ([SUBMIT, "--master", "spark://host:7077", "etl/build.py"], False),
+        ([SUBMIT, "--master=yarn", "etl/build.py"], False),
+        ([SUBMIT, "--master", "k8s://https://host:6443", "etl/build.py"], False),
+        ([SUBMIT, "--properties-file", "/opt/spark/conf/spark.properties", "etl/build.py"], False),
+        (["org.apache.spark.deploy.master.Master"], False),
+        (["org.apache.spark.deploy.worker.Worker", "spark://host:7077"], False),
+    ],
+)
+def test_only_a_run_on_this_machine_alone_keeps_to_the_loopback(tmp_path, words, local):
+    setup_spark.write_conf(tmp_path, Path("/fit java"), unfit_java="")
+    assert sourced(tmp_path, *words).get("SPARK_LOCAL_IP") == ("127.0.0.1" if local else None)
+    assert ("SPARK_LOCAL_IP" in sourced(tmp_path, SUBMIT, MASTER="spark://host:7077")) is False
 
 
 def test_find_spark_home_asks_no_python(tmp_path):
