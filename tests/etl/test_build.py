@@ -192,21 +192,31 @@ def test_a_second_run_over_what_a_killed_one_left_gives_the_same_bytes(built, ru
     assert again.digest == built.digest
 
 
-def test_temporal_split_with_pseudonyms(run, log_folder, monkeypatch):
+def test_temporal_split_of_collapsed_runs_with_pseudonyms(run, log_folder, monkeypatch):
     monkeypatch.setenv("SHOP_KEY", KEY)
     artifact = run(
-        "temporal", etl__split="temporal", etl__test_days="30", etl__valid_days="20.5", etl__pseudonym_key="SHOP_KEY"
-    )
+        "temporal", etl__split="temporal", etl__test_days="30", etl__valid_days="20.5", etl__pseudonym_key="SHOP_KEY",
+        etl__repeats="collapse", eval__mask_seen="false", etl__min_item="0", etl__min_user="0",
+    )  # fmt: skip
     found, report = check_whole(artifact)
-    rows = good_rows(log_folder)
-    test = max(row[2] for row in rows) - 30 * 86_400_000
+    codes = {"view": 1, "cart": 2, "purchase": 3}
+    by_user = defaultdict(list)
+    for user, item, ts, event in good_rows(log_folder):
+        by_user[user].append((ts, item, codes[event]))
+    test = max(ts for rows in by_user.values() for ts, _, _ in rows) - 30 * 86_400_000
     valid = test - round(20.5 * 86_400_000)
-    hashed = {u: hmac.new(KEY.encode(), u.encode(), hashlib.sha256).hexdigest()[:32] for u in {row[0] for row in rows}}
-    assert {user: [(ts, item, part) for ts, item, _, part in events] for user, events in found.items()} == {
-        hashed[user]: [(ts, item, 2 if ts > test else 1 if ts > valid else 0) for ts, item in events]
-        for user, events in first_events(log_folder).items()
-    }
+    hashed = {user: hmac.new(KEY.encode(), user.encode(), hashlib.sha256).hexdigest()[:32] for user in by_user}
+    expected = {}
+    for user, rows in by_user.items():
+        rows = sorted(rows, key=lambda row: row[0])
+        runs = [row for n, row in enumerate(rows) if n == 0 or rows[n - 1][1] != row[1]]
+        expected[hashed[user]] = [(*row, 2 if row[0] > test else 1 if row[0] > valid else 0) for row in runs]
+    assert found == expected
     assert valid < report["split"]["first_valid_ts"] <= test < report["split"]["first_test_ts"]
+    assert report["k_core"] == []
+    catalog = {json.loads(line)["item_id"] for line in (log_folder / "items.jsonl").open()}
+    assert set(schema.read_items(artifact.path).item_ids[1:]) == catalog  # min_item = 0 keeps the whole of it
+
     secret = [KEY.encode(), *(user.encode() for user in hashed)]
     for file in (f for f in artifact.path.rglob("*") if f.is_file()):
         texts = [file.read_bytes()]
@@ -230,23 +240,6 @@ def test_random_split_of_a_log_without_a_catalog(run, log_folder):
     assert artifact.counts["vocab_size"] == 3
     assert items.tokens.lengths.max() == 0
     assert not (artifact.path / "tokenizer").exists()
-
-
-def test_runs_of_the_same_item_are_collapsed(run, log_folder):
-    artifact = run("collapse", etl__repeats="collapse", eval__mask_seen="false", etl__min_item="0", etl__min_user="0")
-    found, report = check_whole(artifact)
-    codes = {"view": 1, "cart": 2, "purchase": 3}
-    by_user = defaultdict(list)
-    for user, item, ts, event in good_rows(log_folder):
-        by_user[user].append((ts, item, codes[event]))
-    expected = {}
-    for user, events in by_user.items():
-        events = sorted(events, key=lambda row: row[0])
-        expected[user] = [row for n, row in enumerate(events) if n == 0 or events[n - 1][1] != row[1]]
-    assert {user: [row[:3] for row in rows] for user, rows in found.items()} == expected
-    assert report["k_core"] == []
-    catalog = {json.loads(line)["item_id"] for line in (log_folder / "items.jsonl").open()}
-    assert set(schema.read_items(artifact.path).item_ids[1:]) == catalog  # min_item = 0 keeps the whole of it
 
 
 def test_ottos_split(run):
@@ -274,18 +267,18 @@ interactions = ["log.csv"]
 items = ["items.csv"]
 path = "{folder}"
 [tracking]
-uri = "sqlite:///{folder}/mlflow.db"
+uri = "sqlite:///{database}"
 """
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, log_folder):
     """tiny(log.csv, [settings]) builds from it into tmp_path / "work"."""
 
     def run(log: str, *settings: str) -> None:
         (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + log)
         (tmp_path / "items.csv").write_text("item_id,title\na,A\n")
-        (tmp_path / "c.toml").write_text(TINY.format(folder=tmp_path))
+        (tmp_path / "c.toml").write_text(TINY.format(folder=tmp_path, database=log_folder.parent / "mlflow.db"))
         build.main(["--config", str(tmp_path / "c.toml"), f"--work={tmp_path / 'work'}", *settings])
 
     return run

@@ -70,13 +70,13 @@ def test_by_share_draws_at_random_and_the_same_in_any_block():
     again = splits(turned, split.by_share(turned, (0.8, 0.1, 0.1), seed=1))
     assert {user: sorted(rows) for user, rows in again.items()} == found
     assert splits(whole, split.by_share(whole, (0.8, 0.1, 0.1), seed=2)) != found
-    # Every place is drawn about as often: 40 of 400 draws, with a standard deviation of 6.
+    # 2 of 20 places of each of 200 users: every place is drawn about 20 times, with a standard deviation of 4.
     places = collections.Counter(item for rows in found.values() for item, code in rows if code == TEST)
     assert set(places) == set(range(20))
-    assert max(abs(num - 20) for num in places.values()) < 20  # 2 of 20 of each of 200 users: 20 a place, deviation 4
+    assert max(abs(num - 20) for num in places.values()) < 20
 
 
-def test_what_is_given_stays(spark):
+def test_what_is_given_stays():
     block = as_block({"u": [(1, 1, 1, TEST), (2, 2, 1, TRAIN)]})
     found, keep = split.assign(block, Etl(split="given"), 1, split.Bounds(0, 0))
     assert (found.tolist(), keep.tolist()) == ([TEST, TRAIN], [True, True])
