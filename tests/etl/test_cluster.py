@@ -32,7 +32,7 @@ BARE_PYTHON = "bare/bin/python"
 NUM_SHARDS = 32  # no other stage of the job has as many tasks
 FILES_PER_SHARD = 6  # users, interactions, pairs, and a WebDataset shard of each split
 FAST_START = "-XX:TieredStopAtLevel=1"
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300  # a job takes some 20; a machine may be busy
 # Speculation never puts a copy on the host of the first attempt: one host by two names.
 HOSTS = ("127.0.0.1", "localhost")
 
