@@ -15,8 +15,9 @@ records the run in MLflow. bench/etl_peers.py does the job and nothing else.
 
 Each engine has a process tree of its own. CPU seconds are user and system time of the tree. Peak memory is resident
 anonymous memory of the tree, looked at every 0.2 s: no file cache, as that can be dropped at any time. An engine
-whose tree exceeds 1.25 x --memory is killed, as in a container, and did not finish. Spark gets --memory as its
-heap, DuckDB as its memory_limit; polars has no such setting. Results go to FOLDER/results.json as well.
+whose tree exceeds 1.25 x --memory is killed, as in a container, and did not finish. Spark's
+heap is three quarters of --memory, as its Python workers need some; DuckDB's memory_limit is all of it; polars has no
+such setting. Results go to FOLDER/results.json as well.
 """
 
 import argparse
@@ -235,7 +236,14 @@ def command(engine: str, folder: Path, out: Path, memory: str, cores: int) -> li
         return [*map(str, words), f"--cores={cores}", f"--memory={memory}"]
     return [
         str(bin_folder / "spark-submit"),
-        *("--master", f"local[{cores}]", "--driver-memory", memory, "--conf", f"spark.local.dir={out / 'spill'}"),
+        *(
+            "--master",
+            f"local[{cores}]",
+            "--driver-memory",
+            f"{bytes_of(memory) * 3 // 4 >> 20}m",
+            "--conf",
+            f"spark.local.dir={out / 'spill'}",
+        ),
         *(str(ROOT / "etl" / "build.py"), "--config", str(folder / "config.toml")),
         *(f"--work={out / 'work'}", f"--tracking.uri=sqlite:///{out / 'mlflow.db'}"),
     ]

@@ -109,6 +109,8 @@ def build(
 
     # Items and what they say
     statistics = split.read_statistics(spark, settled, stage)
+    if not statistics.where(F.col("num_train") > 0).limit(1).count():
+        raise ValueError(f"etl.split = {etl.split!r} leaves no train event: all events are later than its days begin")
     items, num_items = corpus.dense_items(catalog, statistics, etl.min_item == 0, seed)
     items = staged(content.with_normal_text(items.join(texts, "item_id", "left"), etl.max_text), stage / "items")
     model = content.tokenizer(items, etl, folder / "tokenizer")

@@ -164,7 +164,6 @@ class Written:
     num_by_type: np.ndarray  # int64 (128,): events, by code
     activity: dict[int, list[int]]  # day since 1970 -> events, by split
     spans: dict[int, tuple[int, int]]  # split code -> (the first ts, the last ts) of its events
-    latest_history: dict[int, int]  # VALID, TEST -> ts
 
 
 def plan_shards(blocks: list[Settled], num_shards: int) -> list[Shard]:
@@ -244,11 +243,9 @@ def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, st
                 for day, num in zip(*np.unique(ts // MS_PER_DAY, return_counts=True), strict=True):
                     activity.setdefault(int(day), [0, 0, 0, 0])[code] += int(num)
     files = {name: file for name, writer in writers.items() if (file := writer.close())}
-    latest_history = {
-        code: check_no_leak(read_sequences(stage / files[split].written), etl, code)[0]
-        for code, split in enumerate(schema.SPLITS)
-        if code != schema.TRAIN and split in files
-    }
+    for code, split in enumerate(schema.SPLITS):
+        if code != schema.TRAIN and split in files:
+            check_no_leak(read_sequences(stage / files[split].written), etl, code)
     return Written(
         files,
         pairs.close().written,
@@ -258,7 +255,6 @@ def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, st
         num_by_type,
         activity,
         spans,
-        latest_history,
     )
 
 

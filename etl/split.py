@@ -214,15 +214,12 @@ def _write_settled(block: Block, stage: Path) -> Settled | None:
     return Settled(write_block(block, stage), len(block.num_events), file)
 
 
-def check_no_leak(sequences: pa.Table, etl: Etl, part: int) -> tuple[int, int]:
+def check_no_leak(sequences: pa.Table, etl: Etl, part: int) -> None:
     """Looks at the rows of a valid or test shard, as they were written, for what gives a target away.
 
     Args:
         sequences: of schema.SEQUENCES.
         part: VALID or TEST.
-
-    Returns:
-        (the latest ts of a history, the earliest of a target), NO_TIME where none is known.
 
     Raises:
         ValueError: a target is not after its history, is in it (repeats = 'first'), or is not the only one of
@@ -249,8 +246,6 @@ def check_no_leak(sequences: pa.Table, etl: Etl, part: int) -> tuple[int, int]:
         if len(rows):
             user = sequences["user_idx"][int(rows[0])].as_py()
             raise ValueError(f"the {SPLITS[part]} split leaks: user_idx {user} {what}, and {len(rows) - 1} more do")
-    first = int(earliest.min(initial=np.iinfo(np.int64).max))
-    return int(latest.max(initial=NO_TIME)), NO_TIME if first == np.iinfo(np.int64).max else first
 
 
 def check_clock(spans: list[dict[int, tuple[int, int]]], method: str) -> None:
