@@ -234,13 +234,14 @@ def command(engine: str, folder: Path, out: Path, memory: str, cores: int) -> li
     if engine != "spark":
         words = [sys.executable, ROOT / "bench" / "etl_peers.py", engine, folder, out / "work"]
         return [*map(str, words), f"--cores={cores}", f"--memory={memory}"]
+    heap = f"{(bytes_of(memory) * 3 // 4) >> 20}m"
     return [
         str(bin_folder / "spark-submit"),
         *(
             "--master",
             f"local[{cores}]",
             "--driver-memory",
-            f"{bytes_of(memory) * 3 // 4 >> 20}m",
+            heap,
             "--conf",
             f"spark.local.dir={out / 'spill'}",
         ),
