@@ -61,6 +61,30 @@ def test_bad_settings_are_named(tmp_path, text, overrides, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("repeats = 'collapse'", "etl.repeats = 'collapse' makes seen items targets"),
+        ("repeats = 'keep'\nsplit = 'random'\n[eval]\nmask_seen = false", "into train and test"),
+        ("split_shares = [0.8, 0.1]", "give train, valid and test"),
+        ("split_shares = [0.8, 0.1, 0.2]", "adding up to 1"),
+        ("events = ['a', 'b']\nevent_weights = [1]", "give one for each of etl.events = ['a', 'b']"),
+        ("events = ['a', 'b']\nevent_weights = [1, -1]", "none may be negative"),
+        ("split = 'otto'", "etl.split = 'otto' needs etl.events"),
+        ("split = 'temporal'\n[data]\ntime_unit = 'order'", "goes by the clock"),
+    ],
+)
+def test_etl_settings_that_contradict_each_other(tmp_path, text, message):
+    with pytest.raises(ValueError) as caught:
+        config.load(write(tmp_path, f"[etl]\n{text}"))
+    assert message in str(caught.value)
+
+
+def test_whole_numbers_are_fine_in_lists_of_floats(tmp_path):
+    loaded = config.load(write(tmp_path, "[etl]\nevents = ['a', 'b']\nevent_weights = [1, 2.5]"))
+    assert loaded.etl.event_weights == (1.0, 2.5)
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(FileNotFoundError, match=r"no/such\.toml"):
         config.load("no/such.toml")
