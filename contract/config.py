@@ -91,7 +91,7 @@ class Etl:
         "leave_one_out",
         "'leave_one_out': a user's last event is test, the one before valid; 'temporal': the last etl.test_days are "
         "test, the etl.valid_days before them valid; 'otto': the same days, as OTTO's sessions are split; 'random': "
-        "by etl.split_shares of each user; 'given': as the input says",
+        "by etl.split_shares of each user (then history.order = 'set'); 'given': as the input says",
         ("leave_one_out", "temporal", "otto", "random", "given"),
     )
     test_days: float = _opt(7.0, "days before the log's last event that are test ('temporal', 'otto')", low=0)

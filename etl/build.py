@@ -11,7 +11,6 @@ in half the time with --driver-java-options -XX:TieredStopAtLevel=1.
 """
 
 import hashlib
-import shutil
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from contract.tracking import track
 from etl import account, blocks, content, corpus, hygiene, readers, report, split
 from etl.kcore import k_core
 from etl.session import check_shared, spark_session
+from etl.tasks import remove_folder
 
 
 def main(argv: list[str]) -> None:
@@ -142,7 +142,7 @@ def build(
     summary["events_per_item"] = account.log_bins(items, F.col("num"))
     summary["content"]["tokens_per_item"] = account.log_bins(tokenised, F.size("token_ids"))
     report.write_report(summary, folder)
-    shutil.rmtree(stage)
+    remove_folder(stage)
     extra = {"events": types, "event_weights": account.event_weights(config, types, written)}
     return counts, extra | {"shards": account.shard_list(written), "time_unit": config.data.time_unit}
 

@@ -7,7 +7,6 @@ of them: shard s holds the s-th run. The task of a shard writes all there is of 
 import functools
 import io
 import itertools
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from contract import schema
 from contract.config import Etl
 from etl.blocks import Block, Source, item_key, read_block, write_quarantine
 from etl.split import Settled, check_no_leak, mixed
-from etl.tasks import run_tasks, unique_name
+from etl.tasks import remove_folder, run_tasks, unique_name
 
 BUCKET_BITS = 10  # a billion ids: a million in a bucket, which one task sorts
 ROWS_PER_FILE = 1 << 20
@@ -435,7 +434,7 @@ def _write_files(
     parts = rows.mapInArrow(write_part, "part int, file string").collect()
     for number, part in enumerate(sorted(parts, key=lambda row: row.part)):
         (stage / part.file).rename(folder / name.format(number))
-    shutil.rmtree(stage)
+    remove_folder(stage)
 
 
 def _parquet(batches: Iterator[pa.RecordBatch], columns: pa.Schema, path: Path) -> None:

@@ -5,6 +5,8 @@ names that the job returned. So a lost executor, a retry or a speculative copy l
 never two of one, never half of one.
 """
 
+import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,16 @@ def run_tasks(spark: SparkSession, function: Callable[[Task], Result], tasks: li
 
 def unique_name() -> str:
     return uuid.uuid4().hex
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that a task which nobody waits for, a late speculative copy, may still write into."""
+    for _ in range(3):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(1)
+    shutil.rmtree(folder)
 
 
 def write_arrow(file: Path, **columns) -> None:

@@ -36,6 +36,19 @@ def read(file: Path) -> Results:
         raise ValueError(f"{file} does not hold results ({error}); run again: deepspeed eval/main.py") from None
 
 
+def _split(config: Config) -> str:
+    etl = config.etl
+    days = f"the last {etl.test_days:g} days test, the {etl.valid_days:g} before them valid"
+    shares = ":".join(f"{share:g}" for share in etl.split_shares)
+    return {
+        "leave_one_out": "leave one out, in time order",
+        "temporal": f"by time, {days}",
+        "otto": f"OTTO's, {days}",
+        "random": f"at random, {shares} of each user's items",
+        "given": "as given",
+    }[etl.split]
+
+
 def protocol(config: Config, num_users: int, num_items: int, device: str, **facts: str) -> dict[str, str]:
     """What a reader must know to compare the numbers. `facts`: more of them, such as how long it was trained."""
     history, train, loss = config.history, config.train, config.loss
@@ -43,7 +56,7 @@ def protocol(config: Config, num_users: int, num_items: int, device: str, **fact
     model, valid_in_history = config.model, config.eval.split == "test" and config.etl.valid_in_history
     return {
         "data": f"{config.name}: {num_users:,} {config.eval.split} users, {num_items:,} items, all of them ranked",
-        "split": {"leave_one_out": "leave one out, in time order", "given": "as given"}[config.etl.split],
+        "split": _split(config),
         "history": f"train{' and valid' if valid_in_history else ''} items",
         "seen items": "masked" if config.eval.mask_seen else "not masked",
         "fitted on": "train",

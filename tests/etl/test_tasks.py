@@ -1,4 +1,6 @@
+import itertools
 import operator
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -36,3 +38,25 @@ def test_items_of_several_folders(spark, tmp_path):
     assert (nothing.tolist(), nothing.dtype) == ([], np.int32)
     pq.read_table(tmp_path / "b")  # a folder without a row is a table nevertheless
     assert tasks.read_items(tmp_path, ["b"]).dtype == np.int32
+
+
+def test_a_folder_that_is_still_written_into_is_removed(tmp_path):
+    """As by a speculative copy of a task, which ends after the job."""
+    folder, done = tmp_path / "stage", threading.Event()
+    folder.mkdir()
+
+    def straggler():
+        for number in itertools.count():
+            try:
+                (folder / str(number)).touch()
+            except OSError:
+                return
+            if done.is_set():
+                return
+
+    thread = threading.Thread(target=straggler)
+    thread.start()
+    threading.Timer(0.3, done.set).start()
+    tasks.remove_folder(folder)
+    thread.join()
+    assert not folder.exists()

@@ -89,6 +89,11 @@ def test_what_is_not_results_is_refused(text, tmp_path):
         ({"eval.split": "valid"}, {"history": "train items"}),
         ({"etl.valid_in_history": "false"}, {"history": "train items"}),
         ({"eval.mask_seen": "false", "etl.split": "given"}, {"seen items": "not masked", "split": "as given"}),
+        (
+            {"etl.split": "temporal", "etl.valid_days": "3.5"},
+            {"split": "by time, the last 7 days test, the 3.5 before them valid"},
+        ),
+        ({"etl.split": "random"}, {"split": "at random, 0.8:0.1:0.1 of each user's items"}),
     ],
 )
 def test_the_protocol_says_what_was_compared(overrides, expected, tmp_path):
