@@ -17,7 +17,9 @@ Each engine has a process tree of its own. CPU seconds are user and system time 
 anonymous memory of the tree, looked at every 0.2 s: no file cache, as that can be dropped at any time. An engine
 whose tree exceeds 1.25 x --memory is killed, as in a container, and did not finish. Spark's
 heap is three quarters of --memory, as its Python workers need some; DuckDB's memory_limit is all of it; polars has no
-such setting. Results go to FOLDER/results.json as well.
+such setting. Results go to FOLDER/results.json as well, and from there, for the repository:
+
+    python bench/etl.py publish /data/log1m /data/log20m       # the last of each engine -> bench/results/etl.json, .md
 """
 
 import argparse
@@ -40,6 +42,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from contract.artifacts import git_revision
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,9 +100,13 @@ def main() -> None:
     measure.add_argument("--engine", default=",".join(ENGINES), help="some of %(default)s")
     measure.add_argument("--memory", type=memory_size, default="8g", help="such as 512m or 8g (default: %(default)s)")
     measure.add_argument("--cores", type=int, default=2)
+    show = commands.add_parser("publish", help="write bench/results/etl.json and etl.md")
+    show.add_argument("folders", type=Path, nargs="+")
     args = parser.parse_args()
     if args.command == "generate":
         generate(args.folder, args.events, args.seed)
+    elif args.command == "publish":
+        publish(args.folders, ROOT / "bench" / "results")
     elif unknown := set(args.engine.split(",")) - set(ENGINES):
         parser.error(f"--engine {','.join(unknown)}: must be among {', '.join(ENGINES)}")
     else:
@@ -221,12 +229,35 @@ def run(folder: Path, engines: list[str], memory: str, cores: int) -> None:
         counts = read_counts(engine, out) if usage.outcome == "finished" else {}
         result = {"engine": engine, "version": importlib.metadata.version(PACKAGES[engine]), "num_rows": num_rows}
         result |= {"cores": cores, "memory": memory, "load_before": load, **vars(usage), **counts}
+        result |= {"date": time.strftime("%Y-%m-%d"), "revision": git_revision()}
         results.append(result)
         print(f"{engine}: {usage.outcome}, {usage.seconds:.1f} s; its output is in {out / 'log.txt'}", flush=True)
     append(folder / "results.json", results)
     print(f"\n{num_rows:,} rows, {cores} cores, {memory}; x: times that of the faster peer\n{table(results)}")
     if len({tuple(result[name] for name in COUNTS) for result in results if COUNTS[0] in result}) > 1:
         print("warning: the engines differ in what is left, so they did not do the same job", file=sys.stderr)
+
+
+def publish(folders: list[Path], results_folder: Path) -> None:
+    """Writes etl.json and etl.md: of every folder the last result of each engine, small logs first."""
+    results = []
+    for folder in folders:
+        file = folder / "results.json"
+        if not file.is_file():
+            sys.exit(f"error: {file} is not there; run first: python bench/etl.py run {folder}")
+        results += {result["engine"]: result for result in json.loads(file.read_text())}.values()
+    results.sort(key=lambda result: (result["num_rows"], list(PACKAGES).index(result["engine"])))
+    sections = []
+    for num_rows, group in itertools.groupby(results, key=lambda result: result["num_rows"]):
+        group = list(group)
+        spark = next((result for result in group if result["engine"] == "spark"), group[0])
+        setting = f"{spark['cores']} cores, {spark['memory']}; {spark['date']}, revision {spark['revision'][:9]}"
+        sections.append(f"## {num_rows:,} rows\n\n{setting}\n\n{table(group)}\n")
+    (results_folder / "etl.json").write_text(json.dumps(results, indent=1) + "\n")
+    head = (
+        "# etl/build.py beside polars and DuckDB\n\n`bench/etl.py` says what is measured; x: times the faster peer.\n\n"
+    )
+    (results_folder / "etl.md").write_text(head + "\n".join(sections))
 
 
 def command(engine: str, folder: Path, out: Path, memory: str, cores: int) -> list[str]:

@@ -1,6 +1,7 @@
 """The benchmark's log, its two peers against a plain reference, and the measurement of processes."""
 
 import collections
+import json
 import sys
 import time
 
@@ -167,3 +168,24 @@ def test_engines_that_did_not_finish_have_no_figures():
         "| polars 2 | did not finish: more than 10.0 GiB |  |  |  |  |  |  |  |  | 0.5 |",
         "| duckdb 2 | 10.0 | 1.0 | 16.0 | 1.0 | 1.0 | 1.0 | 1,000 | 20 | 3,000 | 0.5 |",
     ]
+
+
+def test_the_last_result_of_each_engine_is_published(tmp_path):
+    done = {"engine": "polars", "version": "2", "seconds": 10.0, "cpu_seconds": 16.0, "peak_bytes": 2**30, "cores": 2}
+    done |= {"outcome": "finished", "load_before": 0.5, "num_users": 1000, "num_items": 20, "num_events": 3000}
+    done |= {"memory": "8g", "date": "2026-01-02", "revision": "0123456789abcdef", "num_rows": 5000}
+    spark = done | {"engine": "spark", "seconds": 40.0}
+    for name, results in {
+        "large": [done | {"num_rows": 10**6}],
+        "small": [done | {"seconds": 99.0}, spark, done],
+    }.items():
+        (tmp_path / name).mkdir()
+        bench.append(tmp_path / name / "results.json", results)
+    bench.publish([tmp_path / "large", tmp_path / "small"], tmp_path)
+    assert json.loads((tmp_path / "etl.json").read_text()) == [spark, done, done | {"num_rows": 10**6}]
+    shown = (tmp_path / "etl.md").read_text()
+    assert shown.index("## 5,000 rows\n\n2 cores, 8g; 2026-01-02, revision 012345678\n") < shown.index(
+        "## 1,000,000 rows"
+    )
+    assert "| spark 2 | 40.0 | 4.0 |" in shown
+    assert "99.0" not in shown
