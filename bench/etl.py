@@ -254,9 +254,7 @@ def publish(folders: list[Path], results_folder: Path) -> None:
         setting = f"{spark['cores']} cores, {spark['memory']}; {spark['date']}, revision {spark['revision'][:9]}"
         sections.append(f"## {num_rows:,} rows\n\n{setting}\n\n{table(group)}\n")
     (results_folder / "etl.json").write_text(json.dumps(results, indent=1) + "\n")
-    head = (
-        "# etl/build.py beside polars and DuckDB\n\n`bench/etl.py` says what is measured; x: times the faster peer.\n\n"
-    )
+    head = "# etl/build.py beside polars and DuckDB\n\n`bench/etl.py` says how. x: times the faster peer.\n\n"
     (results_folder / "etl.md").write_text(head + "\n".join(sections))
 
 
