@@ -221,6 +221,12 @@ class Eval:
     split: str = _opt("test", "users and targets to score", ("valid", "test"))
     cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of Recall@k and NDCG@k")
     beams: int = _opt(100, "beam width", low=1)
+    hybrid: float = _opt(
+        0.0,
+        "weight of h(X_u) . h(X_i), the ranking score, beside the log-probability of the beam's candidates; 0: "
+        "ColaRec as in the paper",
+        low=0,
+    )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)
     mask_seen: bool = _opt(True, "items of a user's history are never recommended")
     baselines: tuple[str, ...] = _opt(

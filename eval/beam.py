@@ -49,7 +49,7 @@ def beam_search(
         score_BNK = score_BNK.masked_fill(children_BNK < 0, -torch.inf)
         if level == tree.length - 1:
             item_BC = tree.leaf_item[children_BNK.clamp_min(0)].flatten(1)
-            return _best_items(item_BC, score_BNK.flatten(1), num_results, tree.num_items, seen_row, seen_item)
+            return best_items(item_BC, score_BNK.flatten(1), num_results, tree.num_items, seen_row, seen_item)
         codes = score_BNK.shape[-1]
         score_BN, choice_BN = score_BNK.flatten(1).topk(min(num_beams, score_BNK[0].numel()))
         node_BN = children_BNK.flatten(1).gather(1, choice_BN).clamp_min(0)
@@ -58,7 +58,15 @@ def beam_search(
     raise AssertionError("a tree has at least one level")
 
 
-def _best_items(item_BC, score_BC, num_results, num_items, seen_row, seen_item):
+def best_items(
+    item_BC: torch.Tensor,
+    score_BC: torch.Tensor,
+    num_results: int,
+    num_items: int = 0,
+    seen_row: torch.Tensor | None = None,
+    seen_item: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best candidates but for the pairs seen, as `beam_search` returns them; item_idx is in 1..num_items."""
     if seen_row is not None and len(seen_row):
         seen, _ = torch.sort(seen_row * (num_items + 1) + seen_item)
         key_BC = torch.arange(len(item_BC), device=item_BC.device)[:, None] * (num_items + 1) + item_BC

@@ -25,7 +25,7 @@ from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_ou
 from contract.cli import RANK, Progress
 from contract.config import Config, Train
 from contract.tracking import track
-from eval import baselines, metrics, table
+from eval import baselines, dense, metrics, table
 from eval.beam import beam_search
 from eval.users import EvalUsers, read_eval_users
 from gid.tree import GidTree
@@ -73,28 +73,42 @@ def main(argv: list[str]) -> None:
 def recommend(
     config: Config, inputs: dict[str, Artifact], rank: int, world_size: int, device: torch.device, progress: Progress
 ) -> dict[str, np.ndarray]:
-    """ColaRec's lists for this rank's users: user_idx int64 (N,), item_idx int32 (N, k), score float32 (N, k)."""
+    """The lists of this rank's users, N of them.
+
+    Returns:
+        user_idx int64 (N,); item_idx int32 (N, k) and score float32 (N, k), what ColaRec recommends; with eval.hybrid
+        also what its halves would recommend alone, generative and dense int32 (N, k).
+    """
     catalog = read_catalog(inputs["corpus"], inputs["gid"])
     tree = GidTree(catalog.gids, config.gid.branching).to(device)
     model = load_model(config, inputs["model"]).to(device)
+    k, weight, beams = max(config.eval.cutoffs), config.eval.hybrid, config.eval.beams
+    if weight:
+        item_vectors = dense.item_vectors(config, model, catalog, device)
+        index = dense.build_index(item_vectors)
     num_batches = loader.num_eval_batches(inputs["corpus"], config.eval.split, config.eval.batch, world_size)
     batches = loader.eval_batches(
         config, catalog, inputs["corpus"], config.eval.split, config.eval.batch, rank, world_size
     )
-    lists = {"user_idx": [], "item_idx": [], "score": []}
+    lists = []
     for number, batch in enumerate(batches, 1):
         real = batch["user_idx"].numpy() > 0  # the rest only fills up
         batch = loader.to_device(batch, device)
         seen = (batch["seen_row"], batch["seen_item"]) if config.eval.mask_seen else (None, None)
-        items, scores = beam_search(model, tree, batch["user"], config.eval.beams, max(config.eval.cutoffs), *seen)
-        lists["user_idx"].append(batch["user_idx"].cpu().numpy()[real])
-        lists["item_idx"].append(items.int().cpu().numpy()[real])
-        lists["score"].append(scores.cpu().numpy()[real])
+        items, scores = beam_search(model, tree, batch["user"], beams, beams if weight else k, *seen)
+        found = {"user_idx": batch["user_idx"]}
+        if weight:
+            user_vectors = dense.user_vectors(model, batch["user"])
+            found["generative"] = items[:, :k].int()
+            found["dense"] = dense.search(index, user_vectors, k, *seen).int()
+            items, scores = dense.hybrid(items, scores, user_vectors, item_vectors, weight, k)
+        found |= {"item_idx": items.int(), "score": scores}
+        lists.append({name: values.cpu().numpy()[real] for name, values in found.items()})
         if number % max(1, num_batches // 8) == 0 or number == num_batches:
             progress(
                 f"decoded {number}/{num_batches} batches of {config.eval.batch} users on each of {world_size} ranks"
             )
-    return {name: np.concatenate(arrays) for name, arrays in lists.items()}
+    return {name: np.concatenate([part[name] for part in lists]) for name in lists[0]}
 
 
 def collect(parts: Path, world_size: int) -> dict[str, np.ndarray]:
@@ -114,6 +128,7 @@ def score(
     """Metrics of ColaRec and of the baselines over the same users."""
     k, num_items = max(config.eval.cutoffs), inputs["corpus"].counts["num_items"]
     rankings, facts = {"ColaRec": recommended["item_idx"]}, {}
+    rankings |= {f"ColaRec, {half}": recommended[half] for half in ("generative", "dense") if half in recommended}
     fit = baselines.read_fit(inputs["corpus"], inputs["gid"])
     for name in config.eval.baselines:
         ranking = baselines.BASELINES[name](fit, users, k, config.eval.mask_seen)
@@ -136,7 +151,7 @@ def score(
 
 
 def write_recommendations(corpus: Artifact, recommended: dict[str, np.ndarray], file: Path) -> None:
-    """A row per user: user_idx, and best first item_idx, item_id and score (log p of the GID)."""
+    """A row per user: user_idx, and best first item_idx, item_id and score (log p of the GID, or the hybrid's)."""
     item_ids = pa.array(schema.read_items(corpus.path).item_ids)
     found = recommended["item_idx"] > 0
     offsets = pa.array(np.concatenate([[0], np.cumsum(found.sum(1))]).astype(np.int32))

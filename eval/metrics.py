@@ -100,11 +100,13 @@ def compare(
     Returns:
         models: {model: {metric: {"mean", "low", "high"}}}; coverage has no interval.
         lead: {metric: {"mean", "low", "high", "over"}}, the first model minus the best of the others, which
-            `over` names; empty when there is only one model.
+            `over` names; empty when there is only one model. Parts of the first model, whose names begin with its
+            name, are no others.
     """
     per_user = {model: ranking_metrics(recommended, targets, cutoffs) for model, recommended in rankings.items()}
     means = {model: summary(values) for model, values in per_user.items()}
     ours, *others = rankings
+    others = [model for model in others if not model.startswith(ours)]
     columns = {(model, name): values for model, metrics in per_user.items() for name, values in metrics.items()}
     over = {name: max(others, key=lambda model: means[model][name]) for name in per_user[ours] if others}
     columns |= {("", name): per_user[ours][name] - per_user[other][name] for name, other in over.items()}

@@ -64,7 +64,8 @@ def protocol(config: Config, num_users: int, num_items: int, device: str, **fact
         f"history {history.order}, {history.encoding}, {history.eval_items} items",
         "training": f"at most {train.epochs} epochs, global batch {train.global_batch}, lr {train.lr:g}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()),
-        "decoding": f"{config.eval.beams} beams over the GIDs of all items",
+        "decoding": f"{config.eval.beams} beams over the GIDs of all items"
+        + (f", ranked with {config.eval.hybrid:g} h(X_u) . h(X_i)" if config.eval.hybrid else ""),
         **facts,
         "device": device,
         "date": time.strftime("%Y-%m-%d"),

@@ -53,6 +53,11 @@ class Catalog:
         return self.vocab_size + 1
 
 
+def _event_weights(manifest: dict) -> list[float]:
+    """A corpus from before there were weights weighs all events alike."""
+    return manifest.get("event_weights", [1.0] * len(manifest["events"]))
+
+
 def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
     items = schema.read_items(corpus.path)
     gids = schema.read_gids(gid.path)
@@ -67,7 +72,7 @@ def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
         siblings=tree.siblings(),
         vocab_size=corpus.counts["vocab_size"],
         num_users=corpus.counts["num_users"],
-        event_weights=np.array([1.0, *corpus.manifest["event_weights"]], np.float32),
+        event_weights=np.array([1.0, *_event_weights(corpus.manifest)], np.float32),
         has_time=corpus.manifest["time_unit"] != "order",
     )
 

@@ -54,6 +54,19 @@ def test_one_rank_and_two_give_the_same_numbers(trained):
     assert set(one["models"]) == {"ColaRec", "popularity", "item_knn", "lightgcn"}
 
 
+def test_the_hybrid_is_shown_beside_its_halves(trained):
+    config, file, _ = trained
+    main(["--config", str(file)])
+    alone = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
+    main(["--config", str(file), "--eval.hybrid=0.5"])
+    results = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
+    assert list(results["models"])[:3] == ["ColaRec", "ColaRec, generative", "ColaRec, dense"]
+    assert results["models"]["ColaRec, generative"] == alone["models"]["ColaRec"]
+    assert results["models"]["ColaRec"] != alone["models"]["ColaRec"]
+    assert all(lead["over"] in ("popularity", "item_knn", "lightgcn") for lead in results["lead"].values())
+    assert "ranked with 0.5 h(X_u) . h(X_i)" in results["protocol"]["decoding"]
+
+
 def test_a_model_of_another_history_is_refused(trained):
     _, file, _ = trained
     with pytest.raises(ValueError, match=r"built with history\.order = 'time', the config says 'set'"):
