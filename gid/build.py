@@ -20,7 +20,7 @@ from contract.config import Config
 from contract.schema import GIDS, TRAIN, VALID, read_interactions, read_items
 from contract.tracking import Run, track
 from gid import cold, lightgcn
-from gid.tree import build_tree, check_room, cluster_capacity, gid_length, leaf_sse, random_tree
+from gid.hierarchy import build_tree, check_room, cluster_capacity, gid_length, leaf_sse, random_tree
 
 
 def main(argv: list[str]) -> None:
