@@ -141,7 +141,10 @@ def main() -> None:
 
 def report(config: Config, rows: dict[str, dict[str, float]]) -> None:
     names = list(next(iter(rows.values())))
-    lines = [f"LightGCN on {config.name}, test users, all items ranked, train items masked; revision {git_revision()}", ""]
+    lines = [
+        f"LightGCN on {config.name}, test users, all items ranked, train items masked; revision {git_revision()}",
+        "",
+    ]
     lines += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {who} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |" for who, row in rows.items()]
     ours, peer = rows.values()
