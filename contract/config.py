@@ -74,7 +74,7 @@ class Cf:
 
     method: str = _opt(
         "lightgcn",
-        "'lightgcn': on one device; 'als': Spark's implicit ALS, for graphs that it does not hold (docs/gid.md says when)",
+        "'lightgcn': on one device; 'als': Spark's implicit ALS, where the graph is too large (docs/gid.md says when)",
         ("lightgcn", "als"),
     )
     dim: int = _opt(64, "embedding size", low=1)

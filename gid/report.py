@@ -23,7 +23,8 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root {{ color-scheme: light; --ink: #1c2430; --soft: #66707f; --line: #e3e7ec; --bar: #dfe6ee; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1080px; margin: 2rem auto;
+  padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; margin: 0; }} h2 {{ font-size: 1.1rem; margin: 2.2rem 0 .5rem; }}
 p, .soft {{ color: var(--soft); margin: .2rem 0; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
@@ -42,8 +43,8 @@ ul {{ margin: .2rem 0; padding-left: 1.1rem; }}
 <h1>GIDs of {name}</h1>
 <p>{summary}</p>
 <h2>Levels</h2>
-<table><tr><th>prefixes of</th><th>clusters</th><th>items: mean</th><th>largest</th><th>capacity</th><th>entropy, bits</th>
-<th>at most</th><th>SSE</th><th>share of all</th></tr>{levels}</table>
+<table><tr><th>prefixes of</th><th>clusters</th><th>items: mean</th><th>largest</th><th>capacity</th>
+<th>entropy, bits</th><th>at most</th><th>SSE</th><th>share of all</th></tr>{levels}</table>
 <p>Capacity is what the subtree below a prefix can hold. Entropy is that of the prefix of a random item, at most when
 all clusters of the level are used alike. SSE is the sum of squared distances to the cluster's mean.</p>
 <h2>Map</h2>
@@ -148,7 +149,7 @@ def _level_rows(counts: dict) -> str:
 
 
 def draw_map(gids: np.ndarray, x: np.ndarray, seed: int) -> bytes:
-    """A PNG of the items on the two leading principal axes, coloured by first code. The same bytes for the same input."""
+    """A PNG of the items on the two leading principal axes, coloured by first code. Equal input, equal bytes."""
     from matplotlib.figure import Figure
 
     rng = np.random.default_rng(seed)
