@@ -1,8 +1,8 @@
 """Balanced k-means of gid/ against k-means-constrained and plain FAISS k-means, and whole trees, in one run.
 
     pip install k-means-constrained
-    OMP_NUM_THREADS=1 python bench/gid.py --embeddings runs/phone/gid/item_embeddings.npy
-    OMP_NUM_THREADS=1 python bench/gid.py --tree-sizes 10000000
+    OMP_NUM_THREADS=1 python -m bench.gid --sizes 2000,10000,100000,1000000 --embeddings runs/phone/gid/item_embeddings.npy
+    OMP_NUM_THREADS=1 python -m bench.gid --tree-sizes 1000000,10000000
 
 Splits: one node into K = 32 clusters, at the capacity of the paper (K^(l-1)) and at a tight one (n / K, 1% to spare),
 on a skewed mixture (500 blobs, Zipf sizes, axes of decaying variance) and on --embeddings. k-means-constrained runs

@@ -1,7 +1,7 @@
 """LightGCN of gid/lightgcn.py against RecBole's, on the same split, of the same size, scored by the same code.
 
     pip install recbole        (or, beside newer packages: pip install --no-deps --target DIR recbole, PYTHONPATH=DIR)
-    OMP_NUM_THREADS=1 python bench/lightgcn.py --config configs/phone.toml
+    OMP_NUM_THREADS=1 python -m bench.lightgcn --config configs/phone.toml
 
 Reads <work>/corpus and <work>/gid, whose embeddings are ours. Trains RecBole's model on the train split, stopped
 by its own valid Recall@20, with each learning rate of LEARNING_RATES, and takes the best by valid. Ranks all items for
