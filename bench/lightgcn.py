@@ -66,6 +66,7 @@ def train_recbole(config: Config, corpus: Artifact, folder: Path, lr: float) -> 
             "use_gpu": False,
             "show_progress": False,
             "state": "WARNING",
+            "log_wandb": False,
         },
     )
     init_seed(config.seed, True)

@@ -92,8 +92,8 @@ class Cf:
     eval_every: int = _opt(5, "epochs between two measurements of valid Recall@20", low=1)
     patience: int = _opt(5, "stop after so many measurements without a better valid Recall@20", low=1)
     als_iterations: int = _opt(15, "rounds of ALS", low=1)
-    als_alpha: float = _opt(10.0, "confidence of an interaction in ALS, beside 1 for none", low=0)
-    als_reg: float = _opt(0.05, "L2 weight of ALS, times the interactions of the row", low=0)
+    als_alpha: float = _opt(40.0, "confidence of an interaction in ALS, beside 1 for none", low=0)
+    als_reg: float = _opt(0.1, "L2 weight of ALS, times the interactions of the row", low=0)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ def _nearest_with_room(centroids, counts, room, x) -> tuple[np.ndarray, np.ndarr
 
     Children without items are opened, lowest code first, when all the others are full.
     """
-    cost = np.square(centroids).sum(1) - 2 * (x.astype(np.float64) @ centroids.T)  # without |x|^2, which orders nothing
-    cost -= cost.min(initial=0)
+    x = x.astype(np.float64)
+    cost = np.square(x).sum(1)[:, None] + np.square(centroids).sum(1) - 2 * (x @ centroids.T)
     closed = cost.max(initial=0) + 1 + np.arange(len(room))  # dearer than all children with items, in their order
     cost = np.where(counts > 0, cost, closed)
     nearest = cost.argmin(1)
