@@ -55,7 +55,7 @@ def fit(
     if not len(user):
         raise ValueError("the corpus has no train interactions; check [data] and [etl], and run etl/build.py again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_memory(len(user_ids) + len(item_ids), len(user), cf.dim, available_memory(device))
+    check_memory(len(user_ids) + len(item_ids), len(user), cf, available_memory(device))
     generator = torch.Generator().manual_seed(seed)
     adjacency = Adjacency(user, item, len(user_ids), len(item_ids), device)
     negatives = NEGATIVES[cf.negatives](user, item, len(user_ids), len(item_ids))
@@ -93,24 +93,26 @@ def fit(
     return Embeddings(users, items, best_epoch, best)
 
 
-def memory_need(num_nodes: int, num_interactions: int, dim: int) -> int:
-    """Bytes that training takes at its peak, beside the program itself: 4 (12 N d + 30 E).
+def memory_need(num_nodes: int, num_interactions: int, cf: Cf) -> int:
+    """Bytes that training takes at its peak, at most, beside the program itself: 4 (12 N d + 16 B d + 30 E).
 
     Twelve float32 (N, d): the parameters, their best, their gradient and Adam's two moments, the layers and sums of
-    both propagations, and the gradient of the rows of a batch. An interaction is two entries of A, which is built from
-    coordinates, and some int64 of the samplers. docs/gid.md compares it with measurements.
+    both propagations. Sixteen float32 (B, d): the rows of a batch and their gradients. An interaction is two entries
+    of A, which is built from coordinates, and some int64 of the samplers. docs/gid.md compares it with measurements.
     """
-    return 4 * (12 * num_nodes * dim + 30 * num_interactions)
+    batch = min(cf.batch, num_interactions)
+    return 4 * ((12 * num_nodes + 16 * batch) * cf.dim + 30 * num_interactions)
 
 
-def check_memory(num_nodes: int, num_interactions: int, dim: int, available: int) -> None:
+def check_memory(num_nodes: int, num_interactions: int, cf: Cf, available: int) -> None:
     """Raises ValueError when training would take more than the bytes `available`."""
-    need = memory_need(num_nodes, num_interactions, dim)
+    need = memory_need(num_nodes, num_interactions, cf)
     if need > available:
         raise ValueError(
-            f"LightGCN would take 4 (12 N d + 30 E) = {need / 2**30:.1f} GiB for N = {num_nodes} users and items, "
-            f"d = {dim} and E = {num_interactions} interactions, and {available / 2**30:.1f} GiB are free; "
-            'set cf.method = "als" (Spark), or a smaller cf.dim, or use a larger machine'
+            f"LightGCN would take 4 (12 N d + 16 B d + 30 E) = {need / 2**30:.1f} GiB for N = {num_nodes} users and "
+            f"items, d = {cf.dim}, a batch of B = {min(cf.batch, num_interactions)} and E = {num_interactions} "
+            f"interactions, and {available / 2**30:.1f} GiB are free; "
+            'set cf.method = "als" (Spark), or a smaller cf.dim or cf.batch, or use a larger machine'
         )
 
 
