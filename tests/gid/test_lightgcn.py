@@ -85,7 +85,7 @@ def test_popular_negatives_follow_the_counts_of_the_unseen_items():
 def test_memory_is_estimated_before_training():
     cf = Cf(dim=64, batch=8192)
     check_memory(1000, 5000, cf, available=4 * (12 * 1000 * 64 + 16 * 5000 * 64 + 30 * 5000))
-    with pytest.raises(ValueError, match=r'= 10\.9 GiB for N = 3000000 .* 8\.0 GiB are free.* cf.method = "als"'):
+    with pytest.raises(ValueError, match=r'= 10\.8 GiB for N = 3000000 .* 8\.0 GiB are free.* cf.method = "als"'):
         check_memory(3_000_000, 20_000_000, cf, available=8 << 30)
 
 
