@@ -187,7 +187,7 @@ def markdown(splits: list[dict], trees: list[dict]) -> str:
             ratios = [f"{sse / np.mean(peer['sse']):.4f}", f"{sse / min(peer['sse']):.4f}"]
             ratios.append("" if row is peer else f"{sum(peer['seconds']) / seconds:.0f}")
         cells = [row["data"], f"{row['items']:,}", f"{row['capacity']:,}", row["method"], f"{sse:.6g}", *ratios[:2]]
-        cells += [f"{seconds:.3g}", ratios[2], f"{row['peak_mb']:.0f}"]
+        cells += [f"{seconds:.3g}", ratios[2], f"{row['peak_mb']:.0f}" if "peak_mb" in row else ""]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Its starts / s: CPU seconds of all its starts (10) over ours. MB: peak above that of the data.", ""]
     lines += [

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m bench.lightgcn --config configs/phone.toml
 
 Reads <work>/corpus and <work>/gid, whose embeddings are ours. Trains RecBole's model on the train split, stopped
-by its own valid Recall@20, with each learning rate of LEARNING_RATES, and takes the best by valid. Ranks all items for
+by its own valid Recall@20, with each learning rate of --lr, and takes the best by valid. Ranks all items for
 every user of the test split, train items masked, with eval/. Writes bench/results/lightgcn.{json,md}.
 """
 
@@ -27,7 +27,6 @@ from eval.metrics import ranking_metrics
 from eval.users import read_eval_users
 
 RESULTS = Path(__file__).parent / "results"
-LEARNING_RATES = (2e-3, 5e-3)
 CUTOFFS = [10, 20]
 
 
@@ -121,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--work", default="", help="as in the stages")
+    parser.add_argument("--lr", default="2e-3,5e-3", help="learning rates of RecBole, separated by commas")
     args = parser.parse_args()
     config = config_module.load(args.config, {"work": args.work} if args.work else {})
     corpus, gid = open_artifact(config, "corpus"), open_artifact(config, "gid")
@@ -130,7 +130,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_atomic_files(corpus, Path(folder))
         trained = []
-        for lr in LEARNING_RATES:
+        for lr in map(float, args.lr.split(",")):
             start = time.monotonic()
             users, items, valid = train_recbole(config, corpus, Path(folder), lr)
             print(f"RecBole, lr {lr:g}: valid recall@20 {valid:.4f}, {time.monotonic() - start:.0f} s", flush=True)
