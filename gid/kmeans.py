@@ -159,7 +159,8 @@ def nearest_two(
         return search(np.column_stack([x, np.ones(len(x), np.float32)]))
 
     nearest, margin = np.empty((2, len(rows)), np.int64), np.empty(len(rows), np.float32)
-    for part, (similarity, found) in zip(rows.chunks(), each(search_part, rows.chunks()), strict=True):
+    results = (each if device == "cpu" else map)(search_part, rows.chunks())  # one stream of work for a GPU
+    for part, (similarity, found) in zip(rows.chunks(), results, strict=True):
         nearest[:, part], margin[part] = found.T, similarity[:, 0] - similarity[:, 1]
     return *nearest, margin
 

@@ -23,7 +23,7 @@ def search_for(centroids: np.ndarray, prices: np.ndarray, device: str = "cpu") -
 
 
 def best_device() -> str:
-    """ "faiss-gpu" where FAISS has a GPU that works, else "cuda" where torch has one, else "cpu"."""
+    """Returns "faiss-gpu" where FAISS has a GPU that works, else "cuda" where torch has one, else "cpu"."""
     import torch
 
     if not torch.cuda.is_available():
