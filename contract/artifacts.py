@@ -20,6 +20,7 @@ from contract import config as config_module
 from contract.config import Config
 
 MANIFEST = "manifest.json"
+SHAPE_NOTHING = ("data.path", "gid.rebuild_share")  # a log that was moved is the same log
 # Larger files are checked by size alone: a month of logs is not read twice to be sure of it.
 MAX_BYTES_HASHED_ON_OPEN = 64 << 20
 
@@ -59,8 +60,11 @@ class Artifact:
         return self.manifest["digest"]
 
 
-def open_artifact(config: Config, name: str) -> Artifact:
+def open_artifact(config: Config, name: str, any_input: bool = False) -> Artifact:
     """Opens <work>/<name>, checked against its manifest, the config and the artifacts it was built from.
+
+    Args:
+        any_input: the artifacts it was built from may have changed since.
 
     Raises:
         FileNotFoundError: the stage has not been run.
@@ -75,12 +79,12 @@ def open_artifact(config: Config, name: str) -> Artifact:
     # A setting that did not exist when the artifact was built cannot have shaped it: only known ones are compared.
     wanted = config_module.section(config, *stage.sections)
     for key, value in manifest["config"].items():
-        if key in wanted and key != "data.path" and wanted[key] != value:  # a log that was moved is the same log
+        if key in wanted and key not in SHAPE_NOTHING and wanted[key] != value:
             raise ValueError(
                 f"{path} was built with {key} = {value!r}, the config says {wanted[key]!r}; "
                 f"set it back, choose another work folder (--work=...), or run again: {command}"
             )
-    for need in stage.needs:
+    for need in () if any_input else stage.needs:
         if _read_manifest(config.work_dir / need, STAGES[need].command)["digest"] != manifest["inputs"][need]:
             raise ValueError(f"{path} was built from another {need}/ than the one that is there now; run: {command}")
     return Artifact(path, manifest)

@@ -108,16 +108,30 @@ class Etl:
 
 @dataclass(frozen=True)
 class Cf:
-    """LightGCN, the collaborative embeddings."""
+    """The collaborative embeddings."""
 
+    method: str = _opt(
+        "lightgcn",
+        "'lightgcn': on one device; 'als': Spark's implicit ALS, where the graph is too large (docs/gid.md says when)",
+        ("lightgcn", "als"),
+    )
     dim: int = _opt(64, "embedding size", low=1)
     num_layers: int = _opt(3, "propagation layers", low=0)
+    negatives: str = _opt(
+        "uniform",
+        "what LightGCN ranks below a user's item: 'uniform' over the items unknown to the user, or by 'popularity', "
+        "the number of train interactions to the power of 0.75",
+        ("uniform", "popularity"),
+    )
     lr: float = _opt(2e-2, "Adam learning rate", low=1e-9)
     l2: float = _opt(1e-2, "L2 weight of the layer-0 embeddings of a batch", low=0)
     batch: int = _opt(8192, "interactions per step", low=1)
     max_epochs: int = _opt(200, "epochs at most", low=1)
     eval_every: int = _opt(5, "epochs between two measurements of valid Recall@20", low=1)
     patience: int = _opt(5, "stop after so many measurements without a better valid Recall@20", low=1)
+    als_iterations: int = _opt(15, "rounds of ALS", low=1)
+    als_alpha: float = _opt(40.0, "confidence of an interaction in ALS, beside 1 for none", low=0)
+    als_reg: float = _opt(0.1, "L2 weight of ALS, times the interactions of the row", low=0)
 
 
 @dataclass(frozen=True)
@@ -126,14 +140,18 @@ class Gid:
 
     method: str = _opt(
         "collaborative",
-        "'collaborative': balanced hierarchical k-means of the CF embeddings (the paper); 'random': no meaning",
-        ("collaborative", "random"),
+        "what items of like prefix share: 'collaborative': their users (the paper); 'content': their words; "
+        "'fused': both, whitened; 'random': nothing",
+        ("collaborative", "content", "fused", "random"),
     )
     branching: int = _opt(32, "K, children of a node and codes per level", low=2, high=32767)
     length: int = _opt(0, "l, tokens of a GID; 0: the least l with K^l >= items * slack", low=0)
     slack: float = _opt(1.25, "room for growth when l is derived, times the number of items", low=1)
     headroom: float = _opt(
         0.75, "inner clusters are filled to at most this share of K^(l-t) when that is feasible", low=0.01, high=1
+    )
+    rebuild_share: float = _opt(
+        0.1, "--extend says that a rebuild is due when more of the added items than this were displaced", low=0, high=1
     )
 
 

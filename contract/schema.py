@@ -57,6 +57,8 @@ SEQUENCES = pa.schema(
     ]
 )
 GIDS = pa.schema([("item_idx", pa.int32()), ("gid", pa.list_(pa.int16()))])  # l codes in 0..K-1
+# With the raw ids as well: a later corpus numbers its items anew.
+GIDS_OF_ITEMS = GIDS.append(pa.field("item_id", pa.string()))
 
 # A tar member of a shard: an Arrow IPC stream of at most so many users.
 USERS_PER_MEMBER = 1024
@@ -143,16 +145,31 @@ def read_item_users(corpus: Path, num_items: int) -> Ragged:
     return Ragged(users.values, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def read_interactions(corpus: Path, split: int) -> tuple[np.ndarray, np.ndarray]:
-    """(user_idx int64, item_idx int32) of a split, duplicates removed, sorted by both."""
+def read_interactions(corpus: Path, split: int, users: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(user_idx int64, item_idx int32) of a split, duplicates removed, sorted by both.
+
+    Args:
+        users: user_idx, ascending; only theirs are kept, file by file, so that a large log is never held whole.
+    """
     dataset = pads.dataset(corpus / "interactions", format="parquet")
-    table = dataset.to_table(columns=["user_idx", "item_idx"], filter=pads.field("split") == split)
+    scanned = dataset.scanner(columns=["user_idx", "item_idx"], filter=pads.field("split") == split)
+    if users is None:
+        table = scanned.to_table()
+    else:
+        batches = (batch.filter(pa.array(np.isin(batch["user_idx"], users))) for batch in scanned.to_batches())
+        table = pa.Table.from_batches(batches, scanned.projected_schema)
     pairs = (
         table.group_by(["user_idx", "item_idx"])
         .aggregate([])
         .sort_by([("user_idx", "ascending"), ("item_idx", "ascending")])
     )
     return pairs["user_idx"].to_numpy(), pairs["item_idx"].to_numpy()
+
+
+def read_item_ids(gid: Path) -> list[str]:
+    """Raw ids of the items of gids.parquet; entry 0 is padding."""
+    table = read_table(gid / "gids.parquet", GIDS_OF_ITEMS, sort_by="item_idx")
+    return ["", *table["item_id"].to_pylist()]
 
 
 def read_gids(gid: Path) -> np.ndarray:

@@ -4,8 +4,11 @@ Symbols: U users and I items with train interactions, N = U + I nodes of the bip
 A = D^-1/2 [[0, R], [R^T, 0]] D^-1/2 its normalised adjacency, E0 (N, d) the only parameters.
 """
 
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
@@ -44,7 +47,7 @@ def fit(
         report: called as (epoch, mean loss of its last step, valid Recall@20) after each measurement.
 
     Raises:
-        ValueError: nothing to train on or to measure with, or the loss is not finite.
+        ValueError: nothing to train on or to measure with, too little memory, or the loss is not finite.
     """
     # Dense over what occurs in train: nodes without edges would only receive noise, and as negatives give it.
     user_ids, user = np.unique(train[0], return_inverse=True)
@@ -52,9 +55,10 @@ def fit(
     if not len(user):
         raise ValueError("the corpus has no train interactions; check [data] and [etl], and run etl/build.py again")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_memory(len(user_ids) + len(item_ids), len(user), cf, available_memory(device))
     generator = torch.Generator().manual_seed(seed)
     adjacency = Adjacency(user, item, len(user_ids), len(item_ids), device)
-    negatives = Negatives(user, item, len(user_ids), len(item_ids))
+    negatives = NEGATIVES[cf.negatives](user, item, len(user_ids), len(item_ids))
     recall = ValidRecall((user, item), _relabelled(valid, user_ids, item_ids), len(item_ids), device)
     trainable = torch.from_numpy(negatives.has_negative[user].nonzero()[0])
     if not len(trainable):
@@ -87,6 +91,43 @@ def fit(
     users, items = np.zeros((num_users + 1, cf.dim), np.float32), np.zeros((num_items + 1, cf.dim), np.float32)
     users[user_ids], items[item_ids] = final[: len(user_ids)], final[len(user_ids) :]
     return Embeddings(users, items, best_epoch, best)
+
+
+def memory_need(num_nodes: int, num_interactions: int, cf: Cf) -> int:
+    """Bytes that training takes at its peak, at most, beside the program itself: 4 (12 N d + 16 B d + 30 E).
+
+    Twelve float32 (N, d): the parameters, their best, their gradient and Adam's two moments, the layers and sums of
+    both propagations. Sixteen float32 (B, d): the rows of a batch and their gradients. An interaction is two entries
+    of A, which is built from coordinates, and some int64 of the samplers. docs/gid.md compares it with measurements.
+    """
+    batch = min(cf.batch, num_interactions)
+    return 4 * ((12 * num_nodes + 16 * batch) * cf.dim + 30 * num_interactions)
+
+
+def check_memory(num_nodes: int, num_interactions: int, cf: Cf, available: int) -> None:
+    """Raises ValueError when training would take more than the bytes `available`."""
+    need = memory_need(num_nodes, num_interactions, cf)
+    if need > available:
+        raise ValueError(
+            f"LightGCN would take 4 (12 N d + 16 B d + 30 E) = {need / 2**30:.1f} GiB for N = {num_nodes} users and "
+            f"items, d = {cf.dim}, a batch of B = {min(cf.batch, num_interactions)} and E = {num_interactions} "
+            f"interactions, and {available / 2**30:.1f} GiB are free; "
+            'set cf.method = "als" (Spark), or a smaller cf.dim or cf.batch, or use a larger machine'
+        )
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes of the device, or of the machine: within the limit of its cgroup, where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration):  # counts the page cache as free, which the line above does not
+        line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+        free = int(line.split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
 
 
 def bpr_loss(adjacency: "Adjacency", e0: torch.Tensor, triples: torch.Tensor, num_users: int, cf: Cf) -> torch.Tensor:
@@ -175,6 +216,32 @@ class Negatives:
         share = torch.rand(len(users), generator=generator, dtype=torch.float64)
         rank = (share * self.num_unseen[users]).long()
         return rank + torch.searchsorted(self.keys, users * self.stride + rank, right=True) - self.starts[users]
+
+
+class PopularNegatives(Negatives):
+    """By the number of train interactions to the power of 0.75, of the items that a user has not interacted with."""
+
+    TRIES = 8  # draws that hit an item of the user; then uniform, so that a user of nearly everything ends as well
+
+    def __init__(self, user: np.ndarray, item: np.ndarray, num_users: int, num_items: int):
+        super().__init__(user, item, num_users, num_items)
+        self.cumulative = torch.from_numpy(np.cumsum(np.bincount(item, minlength=num_items) ** 0.75))
+        self.seen = torch.from_numpy(np.append(np.sort(user * self.stride + item), np.iinfo(np.int64).max))
+
+    def sample(self, users: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        items = super().sample(users, generator)
+        left = torch.arange(len(users))
+        for _ in range(self.TRIES):
+            share = torch.rand(len(left), generator=generator, dtype=torch.float64)
+            drawn = torch.searchsorted(self.cumulative, share * self.cumulative[-1], right=True)
+            keys = users[left] * self.stride + drawn
+            is_unseen = self.seen[torch.searchsorted(self.seen, keys)] != keys
+            items[left[is_unseen]] = drawn[is_unseen]
+            left = left[~is_unseen]
+        return items
+
+
+NEGATIVES = {"uniform": Negatives, "popularity": PopularNegatives}
 
 
 class ValidRecall:

@@ -42,7 +42,7 @@ def test_name_and_work_follow_the_file(tmp_path):
         ("[train]\nepochs = 0", {}, "train.epochs = 0: must be 1 or more"),
         ("[train]\nlr = nan", {}, "train.lr = nan"),
         ("[model]\ndropout = 1.5", {}, "model.dropout = 1.5"),
-        ("[gid]\nmethod = 'magic'", {}, "gid.method = 'magic': must be one of 'collaborative', 'random'"),
+        ("[gid]\nmethod = 'magic'", {}, "gid.method = 'magic': must be one of 'collaborative', 'content'"),
         ("[eval]\ncutoffs = 5", {}, "eval.cutoffs = 5: must be a list of int"),
         ("[eval]\ncutoffs = [5, 'x']", {}, "must be a list of int"),
         ("[eval]\ncutoffs = [5, 500]", {}, "eval.beams = 100"),

@@ -41,16 +41,31 @@ uri = "{tracking_uri}"
     num_train = np.zeros(NUM_ITEMS + 1, int)
     for _, i, _, _, split in interactions:
         num_train[i] += split == schema.TRAIN
+    write_corpus(load(str(file)), interactions, num_train, NUM_ITEMS)
+    return file
+
+
+def write_corpus(config, interactions, num_train, num_items, order=None):
+    """`order`: item_idx of each item, where it is not its number; numbers beyond the first corpus are new items."""
+    rng = np.random.default_rng(1)
+    order = order if order is not None else np.arange(num_items + 1)
     items = [
-        (i, f"item-{i}", "", (rng.integers(5, size=4) + (3 if i <= 20 else 8)).tolist(), int(num_train[i]), 0)
-        for i in range(1, NUM_ITEMS + 1)
+        (
+            int(order[i]),
+            f"item-{i}",
+            "",
+            (rng.integers(5, size=4) + (3 if i <= 20 else 8)).tolist(),
+            int(num_train[i]),
+            0,
+        )
+        for i in range(1, num_items + 1)
     ]
-    with stage_output(load(str(file)), "corpus") as output:
+    interactions = [(u, int(order[i]), *rest) for u, i, *rest in interactions]
+    with stage_output(config, "corpus") as output:
         write(items, schema.ITEMS, output.path / "items.parquet")
         (output.path / "interactions").mkdir()
         write(interactions, schema.INTERACTIONS, output.path / "interactions" / "part-0.parquet")
-        output.commit({"num_users": NUM_USERS, "num_items": NUM_ITEMS}, {"raw": "none"})
-    return file
+        output.commit({"num_users": NUM_USERS, "num_items": num_items}, {"raw": "none"})
 
 
 def write(rows, table_schema, path):
@@ -102,3 +117,54 @@ def test_random_gids_and_dry_run(toml, capsys):
     build.main(["--config", str(toml), "--gid.method=random", "--cf.max_epochs=1"])
     gids = schema.read_gids(open_artifact(config, "gid").path)
     assert len(np.unique(gids[1:], axis=0)) == NUM_ITEMS
+
+
+@pytest.mark.parametrize(("method", "width", "mixed"), [("content", 8, 2), ("fused", 16, 10)])  # by chance: 16
+def test_trees_of_content_keep_what_they_cluster(toml, method, width, mixed):
+    build.main(["--config", str(toml), f"--gid.method={method}", "--cf.max_epochs=5"])
+    gid = open_artifact(load(str(toml), {"gid.method": method, "cf.max_epochs": "5"}), "gid")
+    clustered = np.load(gid.path / "tree_embeddings.npy", allow_pickle=False)
+    assert clustered.shape == (NUM_ITEMS + 1, width)
+    gids = schema.read_gids(gid.path)[1:]
+    # the two tastes use other words: clusters of the first level hardly mix them
+    tastes = np.zeros((2, 4), int)
+    np.add.at(tastes, ((np.arange(NUM_ITEMS) >= 20).astype(int), gids[:, 0]), 1)
+    assert tastes.min(0).sum() <= mixed
+    page = (gid.path / "report.html").read_text()
+    assert "41 items as paths of 3 codes out of 4" in page
+    assert "http" not in page.replace("http-equiv", "")  # it needs nothing else
+
+
+def test_extend_keeps_every_old_gid_by_item_id(toml, capsys):
+    build.main(["--config", str(toml), "--cf.max_epochs=5"])
+    config = load(str(toml), {"cf.max_epochs": "5"})
+    folder = config.work_dir / "gid"
+    before = dict(zip(schema.read_item_ids(folder)[1:], schema.read_gids(folder)[1:].tolist(), strict=True))
+    # a later corpus: five items more, all of them with other numbers, and nothing known of the interactions of two
+    num_items = NUM_ITEMS + 5
+    order = np.concatenate([[0], np.random.default_rng(3).permutation(num_items) + 1])
+    interactions = [(u, 1 + u % num_items, 0, 0, schema.TRAIN) for u in range(1, NUM_USERS + 1)]
+    write_corpus(config, interactions, np.ones(num_items + 1, int), num_items, order)
+    with pytest.raises(ValueError, match="another corpus"):
+        open_artifact(config, "gid")
+    build.main(["--config", str(toml), "--cf.max_epochs=5", "--extend", "--gid.rebuild_share=0"])
+    gid = open_artifact(load(str(toml), {"cf.max_epochs": "5", "gid.rebuild_share": "0"}), "gid")
+    after = dict(zip(schema.read_item_ids(gid.path)[1:], schema.read_gids(gid.path)[1:].tolist(), strict=True))
+    assert len(after) == num_items
+    assert before.items() <= after.items()
+    assert len(set(map(tuple, after.values()))) == num_items
+    assert (gid.counts["num_kept"], gid.counts["num_added"], gid.counts["num_removed"]) == (NUM_ITEMS, 5, 0)
+    # the new items, 42 to 46, have the words of the second taste, and go where its items are
+    second = {before[f"item-{i}"][0] for i in range(21, 41)}
+    assert sum(after[f"item-{i}"][0] in second for i in range(42, 47)) >= 4
+    assert "were displaced by full clusters" in capsys.readouterr().out
+    users = np.load(gid.path / "user_embeddings.npy", allow_pickle=False)
+    items = np.load(gid.path / "item_embeddings.npy", allow_pickle=False)
+    np.testing.assert_allclose(users[1], items[order[2]], rtol=1e-6)
+
+
+def test_extend_refuses_a_random_tree(toml):
+    settings = ["--config", str(toml), "--gid.method=random", "--cf.max_epochs=1"]
+    build.main(settings)
+    with pytest.raises(ValueError, match="without --extend"):
+        build.main([*settings, "--extend"])

@@ -3,8 +3,10 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 from threadpoolctl import threadpool_limits
 
-from gid import kmeans
+from gid import hierarchy, kmeans, rows
+from gid.batch import Batch, balance
 from gid.kmeans import balanced_kmeans
+from gid.rows import Rows
 
 
 def sse(x, labels):
@@ -55,9 +57,9 @@ def test_sampling_and_streaming_lose_little_against_all_distances_at_hand(monkey
     x = mixture(6000, 8, 30, spread, 0).astype(np.float32)
     capacity = int(np.ceil(6000 / 16 * slack))
     whole = sse(x, balanced_kmeans(x, 16, capacity, 0))
-    monkeypatch.setattr(kmeans, "MAX_ANNEALED", 800)
-    monkeypatch.setattr(kmeans, "MAX_SAMPLE", 3000)
-    monkeypatch.setattr(kmeans, "CHUNK", 1000)
+    monkeypatch.setattr(kmeans, "MAX_STARTED", 800)
+    monkeypatch.setattr(kmeans, "MAX_AT_HAND", 3000)
+    monkeypatch.setattr(rows, "CHUNK", 1000)
     ratios = []
     for seed in range(4):
         labels = balanced_kmeans(x, 16, capacity, seed)
@@ -67,10 +69,10 @@ def test_sampling_and_streaming_lose_little_against_all_distances_at_hand(monkey
 
 
 def test_nearest_two_equals_brute_force(monkeypatch):
-    monkeypatch.setattr(kmeans, "CHUNK", 7)
+    monkeypatch.setattr(rows, "CHUNK", 7)
     rng = np.random.default_rng(0)
-    x, centroids, prices = rng.normal(size=(50, 6)).astype(np.float32), rng.normal(size=(5, 6)), rng.random(5)
-    cost = np.square(x[:, None] - centroids).sum(-1) + prices
+    x, centroids, prices = Rows(rng.normal(size=(50, 6))), rng.normal(size=(5, 6)), rng.random(5)
+    cost = np.square(x.take(slice(None))[:, None] - centroids).sum(-1) + prices
     best, second, margin = kmeans.nearest_two(x, centroids, prices)
     order = np.argsort(cost, axis=1)
     np.testing.assert_array_equal(best, order[:, 0])
@@ -92,9 +94,9 @@ DEGENERATE = {
 
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("capacity", [10, 13, 100])
-@pytest.mark.parametrize("max_annealed", [8192, 20])  # all distances at hand; sampled first
-def test_degenerate_rows_keep_to_capacity(monkeypatch, name, capacity, max_annealed):
-    monkeypatch.setattr(kmeans, "MAX_ANNEALED", max_annealed)
+@pytest.mark.parametrize("at_hand", [65536, 20])  # all distances at hand; a sample first, then all rows
+def test_degenerate_rows_keep_to_capacity(monkeypatch, name, capacity, at_hand):
+    monkeypatch.setattr(kmeans, "MAX_AT_HAND", at_hand)
     labels = balanced_kmeans(DEGENERATE[name], 10, capacity, 0)
     assert labels.min() >= 0
     assert np.bincount(labels, minlength=10).max() <= capacity
@@ -106,16 +108,63 @@ def test_few_rows_get_a_cluster_each():
     assert len(balanced_kmeans(np.zeros((0, 2)), 8, 1, 0)) == 0
 
 
-@pytest.mark.parametrize("max_annealed", [8192, 200])
-def test_same_seed_same_labels_for_any_number_of_threads(monkeypatch, max_annealed):
-    monkeypatch.setattr(kmeans, "MAX_ANNEALED", max_annealed)
+@pytest.mark.parametrize("at_hand", [65536, 200])
+def test_same_seed_same_labels_for_any_number_of_threads(monkeypatch, at_hand):
+    monkeypatch.setattr(kmeans, "MAX_AT_HAND", at_hand)
+    monkeypatch.setattr(rows, "CHUNK", 500)
     x = mixture(3000, 16, 7, 1, 0).astype(np.float32)
     with threadpool_limits(1):
         one = balanced_kmeans(x, 12, 260, 5)
     with threadpool_limits(2):
         two = balanced_kmeans(x, 12, 260, 5)
     np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one, balanced_kmeans(x, 12, 260, 5, threads=3))
     assert (balanced_kmeans(x, 12, 260, 6) != one).any()
+
+
+@pytest.mark.parametrize("slack", [1.0, 1.2, 3.0])
+def test_a_batch_is_as_good_as_each_input_alone(slack):
+    rng = np.random.default_rng(0)
+    inputs = [mixture(size, 5, 6, 2, size) for size in (40, 55, 90, 91)]
+    capacity = np.array([int(np.ceil(len(x) / 8 * slack)) for x in inputs])
+    real = np.arange(91) < np.array([[len(x)] for x in inputs])
+    padded = np.zeros((4, 91, 5), np.float32)
+    padded[real] = np.concatenate(inputs)
+    labels = np.split(hierarchy._cluster_batch(padded, real, capacity, 8, rng), np.cumsum(real.sum(1))[:-1])
+    ratios = []
+    for x, found, most in zip(inputs, labels, capacity, strict=True):
+        assert np.bincount(found, minlength=8).max() <= most
+        ratios.append(sse(x, found) / exact_balanced_kmeans(x, 8, most))
+    assert np.mean(ratios) < 1.08
+
+
+def test_prices_balance_the_softened_counts_of_every_input():
+    rng = np.random.default_rng(1)
+    batch = Batch.of(rng.normal(size=(3, 200, 4)).astype(np.float32), np.array([200, 150, 90]))
+    batch.x_BND[~batch.mask_BN] = 0
+    distance = batch.distances(rng.normal(size=(3, 6, 4)) * [[[0.3]], [[1.0]], [[2.0]]])
+    capacity = batch.size_B / 6 * 1.05
+    prices = balance(batch, distance, capacity, np.zeros((3, 6)))
+    labels = (distance + prices[:, :, None]).argmin(1)
+    for b, size in enumerate(batch.size_B):
+        count = np.bincount(labels[b, :size], minlength=6)
+        assert np.maximum(count - capacity[b], 0).sum() <= 3
+        assert (count[prices[b] > 0] > 0.8 * capacity[b]).all()  # no price without need
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", "faiss-gpu"])
+def test_a_gpu_finds_the_same_two_clusters(device):
+    if device == "faiss-gpu":
+        pytest.importorskip("faiss").StandardGpuResources  # noqa: B018  a CPU build lacks it
+    rng = np.random.default_rng(0)
+    x, centroids, prices = Rows(rng.normal(size=(5000, 16))), rng.normal(size=(32, 16)), rng.random(32)
+    best, second, margin = kmeans.nearest_two(x, centroids, prices, device)
+    expected = kmeans.nearest_two(x, centroids, prices)
+    np.testing.assert_allclose(margin, expected[2], atol=1e-3)
+    clear = expected[2] > 1e-2
+    np.testing.assert_array_equal(best[clear], expected[0][clear])
+    assert (second == expected[1]).mean() > 0.99
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

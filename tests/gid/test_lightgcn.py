@@ -4,7 +4,7 @@ import torch
 
 from contract.config import Cf
 from gid import lightgcn
-from gid.lightgcn import Adjacency, Negatives, ValidRecall, bpr_loss, propagate
+from gid.lightgcn import Adjacency, Negatives, PopularNegatives, ValidRecall, bpr_loss, check_memory, propagate
 
 CPU = torch.device("cpu")
 # 3 users, 4 items; item 3 is seen by one user only.
@@ -68,6 +68,36 @@ def test_negatives_are_uniform_over_exactly_the_unseen_items():
     assert (np.abs(counts - expected) <= 5 * np.sqrt(expected) + 1).all()
 
 
+def test_popular_negatives_follow_the_counts_of_the_unseen_items():
+    # item 0 has 16 users, item 1 has 1, item 2 has 81, item 3 none but the asked user's own
+    user = np.concatenate([np.arange(1, 17), [1], np.arange(1, 82), [0, 82]])
+    item = np.concatenate([np.zeros(16), [1], np.full(81, 2), [3, 3]]).astype(int)
+    everything = np.full(3, 83), np.array([0, 1, 2])  # user 83 lacks item 3 alone, which he is asked for
+    negatives = PopularNegatives(np.append(user, everything[0]), np.append(item, everything[1]), 84, 4)
+    drawn = negatives.sample(torch.zeros(40_000, dtype=torch.int64), torch.Generator().manual_seed(0))
+    share = np.bincount(drawn.numpy(), minlength=4) / 40_000
+    expected = np.array([17, 2, 82, 0]) ** 0.75
+    np.testing.assert_allclose(share, expected / expected.sum(), atol=0.01)
+    last = negatives.sample(torch.full((50,), 83), torch.Generator().manual_seed(0))
+    assert (last == 3).all()
+
+
+def test_memory_is_estimated_before_training():
+    cf = Cf(dim=64, batch=8192)
+    check_memory(1000, 5000, cf, available=4 * (12 * 1000 * 64 + 16 * 5000 * 64 + 30 * 5000))
+    with pytest.raises(ValueError, match=r'= 10\.8 GiB for N = 3000000 .* 8\.0 GiB are free.* cf.method = "als"'):
+        check_memory(3_000_000, 20_000_000, cf, available=8 << 30)
+
+
+def test_training_needs_the_memory_that_there_is(monkeypatch):
+    train, valid = blocks(num_blocks=2, users_per_block=5, items_per_block=8, seed=0)
+    monkeypatch.setattr(lightgcn, "available_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match=r"and 0\.0 GiB are free"):
+        lightgcn.fit(train, valid, 10, 16, Cf(dim=4), seed=1)
+    monkeypatch.undo()
+    assert 1 << 20 < lightgcn.available_memory(CPU) < 1 << 50
+
+
 def test_valid_recall_masks_train_items_and_counts_unknown_items_as_missed(monkeypatch):
     monkeypatch.setattr(lightgcn, "RECALL_AT", 2)
     monkeypatch.setattr(lightgcn, "MAX_SCORES", 4)  # one user per block
@@ -90,17 +120,19 @@ def blocks(num_blocks: int, users_per_block: int, items_per_block: int, seed: in
     return tuple(np.array(train).T), tuple(np.array(valid).T)
 
 
-def test_learns_blocks_that_popularity_cannot_see():
+@pytest.mark.parametrize("negatives", ["uniform", "popularity"])
+def test_learns_blocks_that_popularity_cannot_see(negatives):
     train, valid = blocks(num_blocks=10, users_per_block=20, items_per_block=30, seed=0)
+    cf = Cf(dim=16, batch=512, max_epochs=20, lr=0.01, negatives=negatives)
     # item 301 is cold, user 201 has no interactions
-    found = lightgcn.fit(train, valid, 201, 301, Cf(dim=16, batch=512, max_epochs=20, lr=0.01), seed=1)
+    found = lightgcn.fit(train, valid, 201, 301, cf, seed=1)
     popularity = np.bincount(train[1], minlength=302)[1:301]
     top = np.argsort(-popularity)[:20] + 1
     assert np.isin(valid[1], top).mean() < 0.2
     assert found.valid_recall > 0.8
     assert not found.items[[0, 301]].any()
     assert not found.users[[0, 201]].any()
-    again = lightgcn.fit(train, valid, 201, 301, Cf(dim=16, batch=512, max_epochs=20, lr=0.01), seed=1)
+    again = lightgcn.fit(train, valid, 201, 301, cf, seed=1)
     np.testing.assert_array_equal(found.items, again.items)
 
 
