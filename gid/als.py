@@ -6,6 +6,7 @@ what returns to this process is (U + I) d float32.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,14 +17,17 @@ from contract.config import Cf
 from contract.schema import TRAIN, VALID, read_interactions
 from gid.lightgcn import Embeddings, ValidRecall
 
+# Iterations between checkpoints. Every iteration hangs on the one before: a long chain overflows the JVM's stack.
+CHECKPOINT_INTERVAL = 3
 CHECKED_USERS = 100_000  # users, at most, that the valid Recall@20 is the mean of
 
 
-def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int) -> Embeddings:
+def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int, scratch: Path) -> Embeddings:
     """Factors of the train split of a corpus; their inner product is the score.
 
     Args:
         corpus: the folder; the executors read interactions/ themselves.
+        scratch: a folder for checkpoints, which the executors share as well.
 
     Raises:
         ValueError: there are no train interactions.
@@ -37,7 +41,8 @@ def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int) -> Embe
     builder = SparkSession.builder.appName("colarec gid").config("spark.log.level", "ERROR")
     spark = builder.config("spark.ui.showConsoleProgress", "false").getOrCreate()
     try:
-        pairs = spark.read.parquet(str(corpus / "interactions")).where(F.col("split") == TRAIN)
+        spark.sparkContext.setCheckpointDir(scratch.absolute().as_uri())
+        pairs = spark.read.parquet((corpus / "interactions").absolute().as_uri()).where(F.col("split") == TRAIN)
         pairs = pairs.select(F.col("user_idx").cast("int"), "item_idx", F.lit(1.0).alias("seen")).distinct()
         if pairs.isEmpty():
             raise ValueError("the corpus has no train interactions; check [data] and [etl], and run etl/build.py again")
@@ -51,11 +56,13 @@ def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int) -> Embe
             itemCol="item_idx",
             ratingCol="seen",
             seed=seed,
+            checkpointInterval=CHECKPOINT_INTERVAL,
         )
         model = als.fit(pairs.sort("user_idx", "item_idx"))  # in a fixed order, for the same sums in every run
         users, items = _table(model.userFactors, num_users, cf.dim), _table(model.itemFactors, num_items, cf.dim)
     finally:
         spark.stop()
+        shutil.rmtree(scratch, ignore_errors=True)
     return Embeddings(users, items, cf.als_iterations, _valid_recall(corpus, users, items, seed))
 
 

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         if older:
             made = extended(config, corpus, items, older, progress)
         else:
-            made = built(config, corpus, items, length, progress, tracker)
+            made = built(config, corpus, items, length, output, progress, tracker)
         counts = {
             "num_users": corpus.counts["num_users"],
             "num_items": items.num_items,
@@ -82,9 +82,11 @@ def main(argv: list[str]) -> None:
         progress(f"wrote {config.work_dir / 'gid'}; its report.html shows the tree")
 
 
-def built(config: Config, corpus: Artifact, items: Items, length: int, progress: Progress, tracker: Run) -> Made:
+def built(
+    config: Config, corpus: Artifact, items: Items, length: int, output: Output, progress: Progress, tracker: Run
+) -> Made:
     """A tree of this corpus alone."""
-    embeddings = embed(config, corpus, items.num_items, progress, tracker)
+    embeddings = embed(config, corpus, items.num_items, output, progress, tracker)
     is_cold = ~embeddings.items[1:].any(axis=1)
     if is_cold.all():
         raise ValueError("no item has an embedding: the corpus has no train interactions")
@@ -104,12 +106,14 @@ def built(config: Config, corpus: Artifact, items: Items, length: int, progress:
     return Made(gids, embeddings.items, embeddings.users, tree, counts)
 
 
-def embed(config: Config, corpus: Artifact, num_items: int, progress: Progress, tracker: Run) -> lightgcn.Embeddings:
+def embed(
+    config: Config, corpus: Artifact, num_items: int, output: Output, progress: Progress, tracker: Run
+) -> lightgcn.Embeddings:
     """Embeddings by cf.method; zeros for what train does not know."""
     num_users = corpus.counts["num_users"]
     progress(f"{num_users} users, {num_items} items, {corpus.counts.get('num_train', 'some')} train interactions")
     if config.cf.method == "als":
-        found = als.fit(corpus.path, num_users, num_items, config.cf, config.seed)
+        found = als.fit(corpus.path, num_users, num_items, config.cf, config.seed, output.path / "als")
         progress(f"als: valid recall@20 {found.valid_recall:.4f}")
         return found
 

@@ -23,7 +23,8 @@ def test_factors_solve_the_normal_equations_and_tell_tastes_apart(tmp_path, monk
         rows += [(u, int(i), 0, 0, schema.TRAIN) for i in liked[:5]] + [(u, int(liked[5]), 0, 0, schema.VALID)]
     write_interactions(tmp_path, rows)
     cf = Cf(dim=4, als_iterations=12, als_alpha=5.0, als_reg=0.1)
-    found = als.fit(tmp_path, 31, 21, cf, seed=1)  # user 31 and item 21 are unknown to train
+    found = als.fit(tmp_path, 31, 21, cf, seed=1, scratch=tmp_path / "s")  # user 31 and item 21 are unknown to train
+    assert not (tmp_path / "s").exists()
     assert found.users.shape == (32, 4)
     assert found.items.shape == (22, 4)
     assert not found.users[[0, 31]].any()
@@ -44,4 +45,4 @@ def test_factors_solve_the_normal_equations_and_tell_tastes_apart(tmp_path, monk
 def test_needs_train_interactions(tmp_path):
     write_interactions(tmp_path, [(1, 1, 0, 0, schema.VALID)])
     with pytest.raises(ValueError, match="no train interactions"):
-        als.fit(tmp_path, 1, 1, Cf(), seed=1)
+        als.fit(tmp_path, 1, 1, Cf(), seed=1, scratch=tmp_path / "scratch")
