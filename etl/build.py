@@ -75,7 +75,7 @@ def build(
     listed = readers.read_items(spark, config.data, files).persist()
     if readers.item_files(files):
         hygiene.check_head(listed, "catalog")
-    found_items = hygiene.profile(hygiene.census(listed.withColumn("event", F.lit(""))))
+    found_items = hygiene.profile(listed.select("reason", F.lit("").alias("event"), F.lit(1).alias("num")))
     progress(f"catalog: {found_items}")
     hygiene.check_bad_share(found_items, listed, "catalog", etl.max_bad_share)
     texts = corpus.texts(listed)
@@ -116,7 +116,6 @@ def build(
     model = content.tokenizer(items, etl, folder / "tokenizer")
     tokenised = content.with_token_ids(items, model, etl.max_item_tokens)
     tokenised = corpus.write_parquet(tokenised, schema.ITEMS, num_items, num_items, folder / "items.parquet")
-
     progress(f"items: {num_items:,}, {content.vocab_size(model):,} pieces of text")
 
     # Users, what they did, shards

@@ -102,7 +102,6 @@ def write_report(report: dict, folder: Path) -> None:
             first_valid_ts and first_test_ts (ms or None), leak_check: what was found}
         shards {split: [{file, num_users, num_events}]}
         content {num_items_without_text, vocab_size, tokens_per_item [[low, num]]}
-        seconds {step: float}
     """
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "report.html").write_text(page(report), encoding="utf-8")
@@ -119,7 +118,6 @@ def page(report: dict) -> str:
         "Split": split(report["split"], report.get("time_unit")),
         "Shards": shards(report.get("shards")),
         "Content": content(report.get("content")),
-        "Seconds": seconds(report.get("seconds")),
     }
     title = f"Corpus of {report['name']}"
     parts = [f"<h1>{html.escape(title)}</h1>", summary(report)]
@@ -241,12 +239,6 @@ def content(found: dict | None) -> str:
     bins = found.get("tokens_per_item")
     panel = f"<div><h3>Tokens per item</h3>{histogram(bins, 'items', 'tokens')}</div>" if bins else ""
     return f'<p>{told}</p><div class="pair">{panel}</div>'
-
-
-def seconds(of_step: dict[str, float] | None) -> str:
-    total = sum((of_step or {}).values())
-    rows = [(step, f"{spent:,.1f}", share(spent, total)) for step, spent in (of_step or {}).items()]
-    return table(("step", "seconds", "share"), rows, "lrr") if rows else ""
 
 
 # --- HTML ---

@@ -1,8 +1,8 @@
 """GIDs by balanced hierarchical k-means: every node of the K-ary tree is split into K clusters within capacity.
 
 Large nodes are split one by one; what is below a node of at most SUBTREE rows is one piece of work, whose small nodes
-go through k-means in batches. Pieces run in processes of their own, and which process takes which piece changes
-nothing: the random numbers of a piece follow from the seed and the path that leads to it.
+below the first levels go through k-means in batches. Pieces run in processes of their own, and which process takes
+which piece changes nothing: the random numbers of a piece follow from the seed and the path that leads to it.
 """
 
 import functools

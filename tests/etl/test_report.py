@@ -50,7 +50,6 @@ REPORT = {
         "valid": [],
     },
     "content": {"num_items_without_text": 3, "vocab_size": 900, "tokens_per_item": [[2, 47]]},
-    "seconds": {"read": 30.0, "write": 10.0},
 }
 SECTIONS = {
     "k_core": "k-core",
@@ -59,7 +58,6 @@ SECTIONS = {
     "activity": "Activity over time",
     "shards": "Shards",
     "content": "Content",
-    "seconds": "Seconds",
 }
 
 
@@ -117,7 +115,6 @@ def test_the_tables_hold_the_numbers(page):
         ["cold items, without a train event", "10 of 50 (20.0%)"],
         ["leak check", "passed"],
         ["train", "2", "100", "49 to 51", "800", "300 to 500"],
-        ["read", "30.0", "75.0%"],
     ):
         assert row in rows
 
