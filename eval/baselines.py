@@ -14,7 +14,7 @@ import scipy.sparse as sp
 
 from contract import schema
 from contract.artifacts import Artifact
-from eval.metrics import ranking_metrics
+from contract.metrics import ranking_metrics
 from eval.users import EvalUsers, read_eval_users
 
 SHRINKAGES = (0, 10, 100, 1000)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from contract.config import Config
-from eval.beam import best_items
+from trainer.beam import best_items
 from trainer.inputs import Catalog, item_inputs
 from trainer.loader import to_device, to_tensors
 from trainer.model import ColaRec

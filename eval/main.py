@@ -26,10 +26,10 @@ from contract.cli import RANK, Progress
 from contract.config import Config, Train
 from contract.tracking import track
 from eval import baselines, dense, metrics, table
-from eval.beam import beam_search
 from eval.users import EvalUsers, read_eval_users
 from gid.tree import GidTree
 from trainer import loader
+from trainer.beam import beam_search
 from trainer.checkpoint import load_model
 from trainer.distributed import process_group
 from trainer.inputs import read_catalog

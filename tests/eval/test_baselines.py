@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from contract.metrics import ranking_metrics
 from eval import baselines
 from eval.baselines import BASELINES, Fit
-from eval.metrics import ranking_metrics
 from eval.users import EvalUsers
 from tests.eval.rows import ragged
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eval.beam import beam_search
 from gid.tree import GidTree
 from tests import tiny
 from trainer import loader
+from trainer.beam import beam_search
 
 pytestmark = pytest.mark.gpu
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.beam import beam_search
 from gid.tree import GidTree
 from tests import tiny
 from trainer import loader
+from trainer.beam import beam_search
 
 
 @pytest.fixture
