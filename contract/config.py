@@ -194,6 +194,8 @@ class Model:
         "start of the atomic item embeddings: 'cf': the CF embeddings under a random rotation; 'random'",
         ("cf", "random"),
     )
+    init: str = _opt("", "T5 checkpoint that the layers start from: a folder or a name on the hub; empty: at random")
+    lora_rank: int = _opt(0, "rank of the adapters (LoRA) that are trained in place of the T5 layers; 0: none", low=0)
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,10 @@ class Train:
     clip: float = _opt(1.0, "gradient norm, at most", low=1e-9)
     zero_stage: int = _opt(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
     precision: str = _opt("auto", "'auto': bf16 on GPUs that have it, else fp32", ("auto", "fp32", "bf16"))
+    recompute: bool = _opt(
+        False, "keep only the inputs of the layers and compute the rest again in the backward pass: less memory"
+    )
+    compile: bool = _opt(False, "torch.compile the T5 layers; the first steps then take minutes")
     streams: int = _opt(8, "independent data streams; the number of ranks must divide it", low=1)
     workers: int = _opt(0, "loader processes per rank", low=0)
     log_every: int = _opt(20, "steps between two lines of progress and metrics", low=1)

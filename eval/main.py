@@ -30,8 +30,8 @@ from eval.users import EvalUsers, read_eval_users
 from gid.tree import GidTree
 from trainer import loader
 from trainer.beam import beam_search
-from trainer.checkpoint import load_model
 from trainer.distributed import process_group
+from trainer.export import load_model
 from trainer.inputs import read_catalog
 
 
@@ -81,7 +81,7 @@ def recommend(
     """
     catalog = read_catalog(inputs["corpus"], inputs["gid"])
     tree = GidTree(catalog.gids, config.gid.branching).to(device)
-    model = load_model(config, inputs["model"]).to(device)
+    model = load_model(inputs["model"]).to(device)
     k, weight, beams = max(config.eval.cutoffs), config.eval.hybrid, config.eval.beams
     if weight:
         item_vectors = dense.item_vectors(config, model, catalog, device)

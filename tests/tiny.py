@@ -58,7 +58,7 @@ def tiny_room(work: Path, **overrides: str):
     corpus = open_artifact(config, "corpus")
     catalog = read_catalog(corpus, open_artifact(config, "gid"))
     torch.manual_seed(0)
-    return config, corpus, catalog, model_module.ColaRec(config, model_module.sizes(config, catalog)).eval()
+    return config, corpus, catalog, model_module.ColaRec(model_module.model_config(config, catalog)).eval()
 
 
 def sequences(num_users: int, num_items: int, seed: int = 0) -> list[np.ndarray]:

@@ -2,19 +2,15 @@
 
 import json
 import shutil
-from dataclasses import asdict
-from pathlib import Path
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
 
 from contract import config as config_module
-from contract.artifacts import Artifact, write_atomically
+from contract.artifacts import write_atomically
 from contract.config import Config
-from trainer.model import ColaRec, Sizes
 
-WEIGHTS, SIZES = "model.safetensors", "sizes.json"
 # These may differ between the run that was interrupted and the one that goes on with it.
 _FREE = {"train.workers", "train.log_every", "train.save_every", "train.resume"}
 
@@ -77,18 +73,9 @@ class Checkpoints:
         safetensors.torch.save_file(weights, temporary)
         temporary.rename(self.best)
 
+    def best_weights(self) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(self.best)
+
     def remove(self) -> None:
         """The run is finished and its model written (rank 0)."""
         shutil.rmtree(self.path)
-
-
-def write_model(path: Path, weights: Path, sizes: Sizes) -> None:
-    shutil.copyfile(weights, path / WEIGHTS)
-    (path / SIZES).write_text(json.dumps(asdict(sizes), indent=1))
-
-
-def load_model(config: Config, artifact: Artifact) -> ColaRec:
-    """The trained model on the CPU in float32, ready for evaluation."""
-    model = ColaRec(config, Sizes(**json.loads((artifact.path / SIZES).read_text())))
-    model.load_state_dict(safetensors.torch.load_file(artifact.path / WEIGHTS))
-    return model.float().eval()

@@ -74,9 +74,10 @@ def deepspeed_config(config: Config, world_size: int, bf16: bool) -> dict:
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for the matrices of the layers, none for norms, embeddings and codebooks."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    decayed = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim == 2 and id(p) not in embeddings]
     ids = {id(p) for p in decayed}
-    rest = [p for p in model.parameters() if id(p) not in ids]
+    rest = [p for p in trained if id(p) not in ids]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 

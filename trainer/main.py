@@ -15,13 +15,15 @@ import torch
 import torch.distributed as dist
 
 from contract import cli
-from contract.artifacts import STAGES, open_artifact, stage_output
+from contract.artifacts import STAGES, Artifact, open_artifact, stage_output
 from contract.cli import RANK, WORLD_SIZE, Progress
+from contract.config import Config
 from contract.tracking import track
-from trainer import checkpoint, distributed
-from trainer import model as model_module
+from trainer import distributed, pretrained
 from trainer.checkpoint import Checkpoints
-from trainer.inputs import read_catalog
+from trainer.export import model_card, write_model
+from trainer.inputs import Catalog, read_catalog
+from trainer.model import ColaRec, init_items, model_config
 from trainer.training import Training
 
 
@@ -39,15 +41,11 @@ def main(argv: list[str]) -> None:
         run = stack.enter_context(track(config, "train", run_id=resumed))
         rank, world_size, device = stack.enter_context(distributed.process_group())
         torch.manual_seed(config.seed)
+        progress = Progress("train")
         catalog = read_catalog(corpus, gid)
-        sizes = model_module.sizes(config, catalog)
-        model = model_module.ColaRec(config, sizes)
-        if config.model.item_init == "cf":
-            embeddings = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
-            model_module.init_items(model, torch.from_numpy(np.array(embeddings)), config.seed)
+        model = build_model(config, catalog, gid, progress)
         num_parameters = sum(p.numel() for p in model.parameters())
         engine = distributed.initialize(config, model, world_size, device)
-        progress = Progress("train")
         progress(
             f"{num_parameters / 1e6:.2f} M parameters on {world_size} x {device.type}, ZeRO {config.train.zero_stage}, "
             f"{'bf16' if distributed.uses_bf16(config, device) else 'fp32'}"
@@ -61,12 +59,31 @@ def main(argv: list[str]) -> None:
             progress(f"goes on from step {training.state['step']}")
         training.fit()
         if rank == 0:
-            checkpoint.write_model(output.path, checkpoints.best, sizes)
             counts = {"num_parameters": num_parameters, **training.state, "seconds": round(training.seconds())}
+            card = model_card(config, corpus, model.config, training.facts(), num_parameters)
+            write_model(output.path, pretrained.merged(checkpoints.best_weights()), model.config, card)
+            run.artifact(output.path / "README.md")
             config_train = {"train": vars(config.train), "world_size": world_size, "device": device.type}
             output.commit(counts, {"corpus": corpus.digest, "gid": gid.digest}, training=config_train)
             checkpoints.remove()
             progress(f"wrote {config.work_dir / 'model'}")
+
+
+def build_model(config: Config, catalog: Catalog, gid: Artifact, progress: Progress) -> ColaRec:
+    """The model as its first step finds it."""
+    model = ColaRec(model_config(config, catalog))
+    if config.model.item_init == "cf":
+        embeddings = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
+        init_items(model, torch.from_numpy(np.array(embeddings)), config.seed)
+    if config.model.init:
+        progress(f"starts from {pretrained.init_from_t5(model, config)}")
+    if config.model.lora_rank:
+        pretrained.add_lora(model, config)
+    if config.train.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.train.compile:
+        model.compile_layers()
+    return model
 
 
 if __name__ == "__main__":

@@ -12,33 +12,66 @@ scale is given to h . h, which the paper leaves unscaled: with RMS-normalised st
 Axes in names: B rows, L encoder positions, T levels of a GID (T = l), K codes, D width.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import T5Config
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
+from contract import config as config_module
 from contract.config import Config
 from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the model derives from the artifacts and cannot be built without."""
-
-    num_tokens: int  # content vocabulary and task tokens
-    num_items: int
-    num_users: int
-    num_events: int
-    gid_length: int
-    branching: int
-    max_recency: int
+# Embeddings are added up and read through RMS norms, so only their ratio to what the layers add matters. This one
+# lets AdamW at 1e-3 turn them within some hundred steps.
+EMBEDDING_STD = 0.1
 
 
-def sizes(config: Config, catalog: Catalog) -> Sizes:
-    return Sizes(
+class ColaRecConfig(PreTrainedConfig):
+    """What a model is: its sizes, which follow from the artifacts, its layers, and how its inputs were made.
+
+    Args:
+        num_tokens: content vocabulary and task tokens.
+        num_users: 0 where items have no user slots.
+        experiment: the settings of [history], [model] and [loss] that it was trained with, {dotted key: value}.
+    """
+
+    model_type = "colarec"
+
+    def __init__(
+        self,
+        num_tokens: int = 1,
+        num_items: int = 1,
+        num_users: int = 0,
+        num_events: int = 0,
+        gid_length: int = 1,
+        branching: int = 2,
+        max_recency: int = 1,
+        d_model: int = 64,
+        d_ff: int = 256,
+        d_kv: int = 16,
+        num_heads: int = 4,
+        num_encoder_layers: int = 2,
+        num_decoder_layers: int = 2,
+        dropout: float = 0.1,
+        tie_codebooks: bool = True,
+        loss_weights: dict[str, float] | None = None,
+        experiment: dict | None = None,
+        **kwargs,
+    ):
+        self.num_tokens, self.num_items, self.num_users, self.num_events = num_tokens, num_items, num_users, num_events
+        self.gid_length, self.branching, self.max_recency = gid_length, branching, max_recency
+        self.d_model, self.d_ff, self.d_kv, self.num_heads = d_model, d_ff, d_kv, num_heads
+        self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
+        self.dropout, self.tie_codebooks = dropout, tie_codebooks
+        self.loss_weights, self.experiment = loss_weights or {}, experiment or {}
+        super().__init__(**kwargs)
+
+
+def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
+    """The model of an experiment on its artifacts."""
+    model = config.model
+    return ColaRecConfig(
         num_tokens=catalog.vocab_size + 2,
         num_items=catalog.num_items,
         num_users=catalog.num_users if config.history.user_slots else 0,
@@ -46,42 +79,61 @@ def sizes(config: Config, catalog: Catalog) -> Sizes:
         gid_length=catalog.gids.shape[1],
         branching=config.gid.branching,
         max_recency=max(config.history.train_items, config.history.eval_items),
+        d_model=model.d_model,
+        d_ff=model.d_ff,
+        d_kv=model.d_kv,
+        num_heads=model.num_heads,
+        num_encoder_layers=model.num_encoder_layers,
+        num_decoder_layers=model.num_decoder_layers,
+        dropout=model.dropout,
+        tie_codebooks=model.tie_codebooks,
+        loss_weights=vars(config.loss),
+        experiment=config_module.section(config, "history", "model", "loss"),
     )
 
 
-# Embeddings are added up and read through RMS norms, so only their ratio to what the layers add matters. This one
-# lets AdamW at 1e-3 turn them within some hundred steps.
-EMBEDDING_STD = 0.1
-
-
-class ColaRec(nn.Module):
+class ColaRec(PreTrainedModel):
     """The model. `forward` takes a batch of `loader.TrainBatches` and returns the losses."""
 
-    def __init__(self, config: Config, sizes: Sizes):
-        super().__init__()
-        self.sizes, self.loss_weights = sizes, config.loss
-        width = config.model.d_model
-        self.scale = width**-0.5
+    config_class = ColaRecConfig
+    main_input_name = "batch"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
 
-        def table(rows: int) -> nn.Embedding:
-            embedding = nn.Embedding(rows + 1, width, padding_idx=0)
-            nn.init.normal_(embedding.weight[1:], std=EMBEDDING_STD)
-            return embedding
-
+    def __init__(self, config: ColaRecConfig):
+        super().__init__(config)
+        self.scale = config.d_model**-0.5
+        codes = (config.gid_length, config.branching, config.d_model)
         # Content token 0 pads, so the rows of this table are the token ids themselves.
-        self.token = table(sizes.num_tokens - 1)
-        self.item = table(sizes.num_items)
-        self.user = table(sizes.num_users)
-        self.event = table(sizes.num_events)
-        self.recency = table(sizes.max_recency)
-        self.gap = table(NUM_GAP_BUCKETS - 1)
-        self.codebook_TKD = nn.Parameter(torch.randn(sizes.gid_length, sizes.branching, width) * EMBEDDING_STD)
-        self.start_D = nn.Parameter(torch.randn(width) * EMBEDDING_STD)
+        self.token = _table(config, config.num_tokens - 1)
+        self.item = _table(config, config.num_items)
+        self.user = _table(config, config.num_users)
+        self.event = _table(config, config.num_events)
+        self.recency = _table(config, config.max_recency)
+        self.gap = _table(config, NUM_GAP_BUCKETS - 1)
+        self.codebook_TKD = nn.Parameter(torch.empty(codes))
+        self.start_D = nn.Parameter(torch.empty(config.d_model))
+        self.head_TKD = None if config.tie_codebooks else nn.Parameter(torch.empty(codes))
         self.encoder = _stack(config, is_decoder=False)
         self.decoder = _stack(config, is_decoder=True)
-        self.head_TKD = None
-        if not config.model.tie_codebooks:
-            self.head_TKD = nn.Parameter(torch.randn(sizes.gid_length, sizes.branching, width) * self.scale)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """T5's layers have their own initialisation, which transformers calls."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=EMBEDDING_STD)
+            module.weight[0] = 0
+        elif module is self:
+            nn.init.normal_(self.codebook_TKD, std=EMBEDDING_STD)
+            nn.init.normal_(self.start_D, std=EMBEDDING_STD)
+            if self.head_TKD is not None:
+                nn.init.normal_(self.head_TKD, std=self.scale)
+
+    def compile_layers(self) -> None:
+        """Compiles encoder and decoder in place, for any length; state dict and names stay."""
+        for stack in (self.encoder, self.decoder):
+            stack.compile(dynamic=True)
 
     def embed(self, inputs: dict) -> torch.Tensor:
         """(B, L, D) from the id arrays of `inputs.user_inputs` or `inputs.item_inputs`."""
@@ -133,28 +185,28 @@ class ColaRec(nn.Module):
         """
         if "pair_gid" in batch:
             return self.gid_log_likelihood(batch)
-        weights, losses = self.loss_weights, {}
+        weights, losses = self.config.loss_weights, {}
         user_states = self.encode(batch["user"])
-        if weights.rec:
+        if weights["rec"]:
             loss = self.gid_loss(user_states, batch["user"]["mask"], batch["gid"])
             losses["rec"] = (loss.mean(1) * batch["weight"]).mean()
         if "item" in batch:
             item_states = self.encode(batch["item"])
-            if weights.index:
+            if weights["index"]:
                 rows = batch["index_rows"]
                 loss = self.gid_loss(item_states[rows], batch["item"]["mask"][rows], batch["item"]["gid"][rows])
                 losses["index"] = (loss.mean(1) * batch["index_weight"]).sum()
             h_item = self.summary(item_states, batch["item"]).float() * self.scale
             negative = h_item[batch["negative"]]
-            if weights.bpr:
+            if weights["bpr"]:
                 h_user = self.summary(user_states, batch["user"]).float()
                 margin = (h_user * (h_item[batch["positive"]] - negative)).sum(-1)
                 losses["bpr"] = -(F.logsigmoid(margin) * batch["weight"]).mean()
-            if weights.contrastive:
+            if weights["contrastive"]:
                 h_positive = h_item[batch["positive"]] / self.scale
                 margin = (h_positive * (h_item[batch["sibling"]] - negative)).sum(-1)
                 losses["contrastive"] = -(F.logsigmoid(margin) * batch["has_sibling"]).mean()
-        losses["loss"] = sum(getattr(weights, name) * loss for name, loss in losses.items())
+        losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
         return losses
 
     def gid_log_likelihood(self, batch: dict) -> torch.Tensor:
@@ -176,17 +228,20 @@ def init_items(model: ColaRec, item_embeddings: torch.Tensor, seed: int) -> None
         model.item.weight[1:] = mapped * (EMBEDDING_STD / mapped.std().clamp_min(1e-12))
 
 
-def _stack(config: Config, is_decoder: bool) -> T5Stack:
-    model = config.model
+def _table(config: ColaRecConfig, rows: int) -> nn.Embedding:
+    return nn.Embedding(rows + 1, config.d_model, padding_idx=0)
+
+
+def _stack(config: ColaRecConfig, is_decoder: bool) -> T5Stack:
     stack = T5Stack(
         T5Config(
             vocab_size=8,  # unused, but checked against the special tokens
-            d_model=model.d_model,
-            d_kv=model.d_kv,
-            d_ff=model.d_ff,
-            num_layers=model.num_decoder_layers if is_decoder else model.num_encoder_layers,
-            num_heads=model.num_heads,
-            dropout_rate=model.dropout,
+            d_model=config.d_model,
+            d_kv=config.d_kv,
+            d_ff=config.d_ff,
+            num_layers=config.num_decoder_layers if is_decoder else config.num_encoder_layers,
+            num_heads=config.num_heads,
+            dropout_rate=config.dropout,
             is_decoder=is_decoder,
             is_encoder_decoder=False,
             use_cache=False,
@@ -194,3 +249,7 @@ def _stack(config: Config, is_decoder: bool) -> T5Stack:
     )
     del stack.embed_tokens  # inputs come as embeddings
     return stack
+
+
+AutoConfig.register(ColaRecConfig.model_type, ColaRecConfig)
+AutoModel.register(ColaRecConfig, ColaRec)

@@ -48,6 +48,14 @@ class Training:
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
+    def facts(self) -> dict[str, str]:
+        """What the model card says of the training."""
+        state = self.state
+        return {
+            "training": f"{state['step']} steps of {self.config.train.global_batch} targets, seed {self.config.seed}",
+            "valid loss": f"{state['best_loss']:.4f} after epoch {state['best_epoch']:g}, the weights that were kept",
+        }
+
     def fit(self) -> None:
         """Trains to the end. Raises KeyboardInterrupt, after a checkpoint, when a signal asks to stop."""
         if self.state["step"] == 0:
