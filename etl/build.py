@@ -21,11 +21,11 @@ from contract import schema
 from contract.artifacts import MAX_BYTES_HASHED_ON_OPEN, sha256, stage_output
 from contract.cli import Progress, parse, run, show_plan
 from contract.config import Config
+from contract.spark import spark_session
 from contract.tracking import track
 from etl import account, blocks, content, corpus, hygiene, readers, report, split
 from etl.kcore import k_core
-from etl.session import check_shared, spark_session
-from etl.tasks import remove_folder
+from etl.tasks import check_shared, remove_folder
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     progress = Progress("etl")
     progress(f"starting Spark to read {', '.join(f'{len(paths)} of {name}' for name, paths in files.items())}")
     with stage_output(config, "corpus") as output, track(config, "etl") as record:
-        with spark_session(f"colarec etl {config.name}") as spark:
+        with spark_session(f"colarec etl {config.name}", "contract", "etl") as spark:
             counts, extra = build(spark, config, files, key, output.path, progress)
         record.metrics(counts)
         for name in ("report.html", "report.json"):

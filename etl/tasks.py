@@ -5,6 +5,8 @@ names that the job returned. So a lost executor, a retry or a speculative copy l
 never two of one, never half of one.
 """
 
+import functools
+import os
 import shutil
 import time
 import uuid
@@ -25,6 +27,33 @@ def run_tasks(spark: SparkSession, function: Callable[[Task], Result], tasks: li
     if not tasks:
         return []
     return spark.sparkContext.parallelize(tasks, len(tasks)).map(function).collect()
+
+
+def check_shared(spark: SparkSession, folder: Path) -> None:
+    """Lets a task for every core write a file into the folder, and looks whether it is there.
+
+    Raises:
+        ValueError: an executor cannot write there, or has another folder of this name.
+    """
+    probe = functools.partial(_probe, folder=folder)
+    for host, name, error in run_tasks(spark, probe, list(range(spark.sparkContext.defaultParallelism))):
+        if error or not (folder / name).is_file():
+            what = error or f"a file that it wrote into {folder} is not there for the driver"
+            raise ValueError(
+                f"the executor on {host} does not share the work folder: {what}; "
+                "choose one (--work=...) on a file system that all machines mount under the same path"
+            )
+        (folder / name).unlink()
+
+
+def _probe(_: int, folder: Path) -> tuple[str, str, str]:
+    """(host, name of the file written, the error if it was not)."""
+    name = unique_name()
+    try:
+        (folder / name).touch()
+    except OSError as error:
+        return os.uname().nodename, name, str(error)
+    return os.uname().nodename, name, ""
 
 
 def unique_name() -> str:

@@ -5,9 +5,8 @@ an interaction and else 0, and c_ui = 1 + alpha p_ui. Spark spreads the interact
 what returns to this process is (U + I) d float32.
 """
 
-import os
+import contextlib
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +32,13 @@ def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int, scratch
         ValueError: there are no train interactions.
     """
     from pyspark.ml.recommendation import ALS
-    from pyspark.sql import SparkSession
     from pyspark.sql import functions as F
 
-    # Executors run the driver's interpreter; by its bare name they would find the system's.
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    builder = SparkSession.builder.appName("colarec gid").config("spark.log.level", "ERROR")
-    spark = builder.config("spark.ui.showConsoleProgress", "false").getOrCreate()
-    try:
+    from contract.spark import spark_session
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        spark = stack.enter_context(spark_session("colarec gid"))
         spark.sparkContext.setCheckpointDir(scratch.absolute().as_uri())
         pairs = spark.read.parquet((corpus / "interactions").absolute().as_uri()).where(F.col("split") == TRAIN)
         pairs = pairs.select(F.col("user_idx").cast("int"), "item_idx", F.lit(1.0).alias("seen")).distinct()
@@ -60,9 +58,6 @@ def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int, scratch
         )
         model = als.fit(pairs.sort("user_idx", "item_idx"))  # in a fixed order, for the same sums in every run
         users, items = _table(model.userFactors, num_users, cf.dim), _table(model.itemFactors, num_items, cf.dim)
-    finally:
-        spark.stop()
-        shutil.rmtree(scratch, ignore_errors=True)
     return Embeddings(users, items, cf.als_iterations, _valid_recall(corpus, users, items, seed))
 
 

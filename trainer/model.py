@@ -114,8 +114,8 @@ class ColaRec(PreTrainedModel):
         self.codebook_TKD = nn.Parameter(torch.empty(codes))
         self.start_D = nn.Parameter(torch.empty(config.d_model))
         self.head_TKD = None if config.tie_codebooks else nn.Parameter(torch.empty(codes))
-        self.encoder = _stack(config, is_decoder=False)
-        self.decoder = _stack(config, is_decoder=True)
+        self.encoder = t5_stack(config, is_decoder=False)
+        self.decoder = t5_stack(config, is_decoder=True)
         self.post_init()
 
     @torch.no_grad()
@@ -232,7 +232,8 @@ def _table(config: ColaRecConfig, rows: int) -> nn.Embedding:
     return nn.Embedding(rows + 1, config.d_model, padding_idx=0)
 
 
-def _stack(config: ColaRecConfig, is_decoder: bool) -> T5Stack:
+def t5_stack(config: ColaRecConfig, is_decoder: bool) -> T5Stack:
+    """T5's encoder or decoder, which takes embeddings and uses PyTorch's fused attention."""
     stack = T5Stack(
         T5Config(
             vocab_size=8,  # unused, but checked against the special tokens

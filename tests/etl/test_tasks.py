@@ -60,3 +60,10 @@ def test_a_folder_that_is_still_written_into_is_removed(tmp_path):
     tasks.remove_folder(folder)
     thread.join()
     assert not folder.exists()
+
+
+def test_a_folder_that_executors_have_not_got(tmp_path, spark):
+    tasks.check_shared(spark, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"does not share the work folder: .*No such file or directory.*--work"):
+        tasks.check_shared(spark, tmp_path / "elsewhere")

@@ -2,7 +2,7 @@ import gzip
 
 import pytest
 
-from etl.session import check_shared, spark_session
+from contract.spark import spark_session
 from etl.tasks import run_tasks
 
 
@@ -21,13 +21,6 @@ def test_a_full_disk_is_one_message():
 def test_other_errors_of_tasks_stay_what_they_are():
     with pytest.raises(Exception, match="ZeroDivisionError"), spark_session("test") as spark:
         run_tasks(spark, lambda task: 1 / task, [0])
-
-
-def test_a_folder_that_executors_have_not_got(tmp_path, spark):
-    check_shared(spark, tmp_path)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"does not share the work folder: .*No such file or directory.*--work"):
-        check_shared(spark, tmp_path / "elsewhere")
 
 
 def test_a_damaged_input_file_is_named(spark, tmp_path):

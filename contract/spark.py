@@ -1,7 +1,6 @@
 """The Spark session: our defaults where spark-submit --conf says nothing, our code on the executors."""
 
 import contextlib
-import functools
 import logging
 import os
 import re
@@ -18,8 +17,6 @@ from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
-from etl.tasks import run_tasks, unique_name
-
 # What Python and Java say, in the midst of a failed task's stack, of a disk that cannot be written.
 _DISK_TROUBLE = re.compile(
     r"[\w.]+(?:Error|Exception): (?:(?!Error: |Exception: ).)*(?:No space left on device|Disk quota exceeded"
@@ -31,8 +28,8 @@ _UNREADABLE = re.compile(r"FAILED_READ_FILE\S*\].*?file:/*(/[^\s]*[^\s.])")
 
 
 @contextlib.contextmanager
-def spark_session(name: str) -> Iterator[SparkSession]:
-    """A session that is stopped at the end, whatever happens.
+def spark_session(name: str, *packages: str) -> Iterator[SparkSession]:
+    """A session that is stopped at the end, whatever happens. The executors can import these packages of ours.
 
     Raises:
         ValueError: a task found an input file damaged, a disk full, or a folder that it must not write.
@@ -52,7 +49,8 @@ def spark_session(name: str) -> Iterator[SparkSession]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             _set_defaults(spark)
-            spark.sparkContext.addPyFile(_zip_code(Path(folder)))
+            if packages:
+                spark.sparkContext.addPyFile(_zip_code(Path(folder), packages))
             yield spark
     except ConnectionError as error:
         raise RuntimeError("Spark's JVM is gone; was it killed, or short of memory (--driver-memory)?") from error
@@ -97,36 +95,9 @@ def _set_defaults(spark: SparkSession) -> None:
     spark.conf.set("fs.defaultFS", "file:///")
 
 
-def check_shared(spark: SparkSession, folder: Path) -> None:
-    """Lets a task for every core write a file into the folder, and looks whether it is there.
-
-    Raises:
-        ValueError: an executor cannot write there, or has another folder of this name.
-    """
-    probe = functools.partial(_probe, folder=folder)
-    for host, name, error in run_tasks(spark, probe, list(range(spark.sparkContext.defaultParallelism))):
-        if error or not (folder / name).is_file():
-            what = error or f"a file that it wrote into {folder} is not there for the driver"
-            raise ValueError(
-                f"the executor on {host} does not share the work folder: {what}; "
-                "choose one (--work=...) on a file system that all machines mount under the same path"
-            )
-        (folder / name).unlink()
-
-
-def _probe(_: int, folder: Path) -> tuple[str, str, str]:
-    """(host, name of the file written, the error if it was not)."""
-    name = unique_name()
-    try:
-        (folder / name).touch()
-    except OSError as error:
-        return os.uname().nodename, name, str(error)
-    return os.uname().nodename, name, ""
-
-
-def _zip_code(folder: Path) -> str:
-    """A zip of the packages that executors import; they do not see a wheel."""
+def _zip_code(folder: Path, packages: tuple[str, ...]) -> str:
+    """A zip of the packages; executors do not see a wheel."""
     root = Path(__file__).parents[1]
-    for package in ("contract", "etl"):
+    for package in packages:
         shutil.copytree(root / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
-    return shutil.make_archive(str(folder / "colarec_etl"), "zip", folder / "code")
+    return shutil.make_archive(str(folder / "colarec"), "zip", folder / "code")
