@@ -35,6 +35,7 @@ OVERRIDES = {
     "history.user_slots": "2",
     "train.global_batch": "16",
     "train.streams": "4",
+    "train.length_groups": "2",
     "train.epochs": "2",
     "eval.beams": "20",
     "eval.batch": "7",
