@@ -7,7 +7,10 @@ on from any step by skipping, without a saved loader state.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import fsspec
 import numpy as np
@@ -344,6 +347,60 @@ def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History
         "seen_item": item[~is_target].astype(np.int64),
     }
     return to_tensors(batch)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The micro-batches of a step as one tensor: a loader process hands over, and a device receives, one and not
+    some thirty of them, of which each costs a file in shared memory or a copy of its own."""
+
+    data: torch.Tensor  # uint8
+    layout: list  # the micro-batches, with a _Place for each tensor
+
+    def pin_memory(self) -> "Packed":
+        return Packed(self.data.pin_memory(), self.layout)
+
+
+def pack(micros: list[dict]) -> Packed:
+    parts, size = [], 0
+
+    def layout(value):
+        nonlocal size
+        if isinstance(value, dict):
+            return {name: layout(part) for name, part in value.items()}
+        if not torch.is_tensor(value):
+            return value
+        begin = size
+        parts.append(value.contiguous().flatten().view(torch.uint8))
+        parts.append(torch.zeros(-parts[-1].numel() % 8, dtype=torch.uint8))  # views begin where their type may
+        size += parts[-2].numel() + parts[-1].numel()
+        return _Place(begin, tuple(value.shape), value.dtype)
+
+    layouts = [layout(micro) for micro in micros]
+    return Packed(torch.cat(parts), layouts)
+
+
+def unpack(packed: Packed, device: torch.device) -> list[dict]:
+    """The micro-batches on a device, as views of one tensor."""
+    data = packed.data.to(device, non_blocking=True)
+
+    def value(place):
+        if isinstance(place, dict):
+            return {name: value(part) for name, part in place.items()}
+        if not isinstance(place, _Place):
+            return place
+        num_bytes = math.prod(place.shape) * place.dtype.itemsize
+        return data[place.begin : place.begin + num_bytes].view(place.dtype).view(place.shape)
+
+    return [value(layout) for layout in packed.layout]
+
+
+class _Place(NamedTuple):
+    """Where in `Packed.data` a tensor lies."""
+
+    begin: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 def to_tensors(arrays: dict) -> dict:

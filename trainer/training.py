@@ -63,6 +63,7 @@ class Training:
                 self.epoch_steps,
             ),
             batch_size=None,
+            collate_fn=loader.pack,
             num_workers=self.config.train.workers,
             pin_memory=self.engine.device.type == "cuda",
         )
@@ -91,12 +92,11 @@ class Training:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.num_steps)
         begin = time.monotonic()
-        micros = next(batches)
+        micros = loader.unpack(next(batches), self.engine.device)
         window.loader_seconds += time.monotonic() - begin
         num_passes = self._most(len(micros))
         micros += [loader.filler(micros[0])] * (num_passes - len(micros))
-        for number, micro in enumerate(micros, 1):
-            batch = loader.to_device(micro, self.engine.device)
+        for number, batch in enumerate(micros, 1):
             self.engine.set_gradient_accumulation_boundary(number == num_passes)
             losses = self.engine(batch)
             self._agree(step, losses["loss"], batch["shard"])

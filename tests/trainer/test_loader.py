@@ -31,7 +31,8 @@ def batches(room, rank=0, world_size=1, steps=range(25), workers=0):
     data = loader.TrainBatches(
         config, catalog, loader.shard_paths(corpus, "train"), rank, world_size, steps, epoch_steps
     )
-    return list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers))
+    packed = torch.utils.data.DataLoader(data, batch_size=None, collate_fn=loader.pack, num_workers=workers)
+    return [loader.unpack(step, torch.device("cpu")) for step in packed]
 
 
 def content(batch, row):
@@ -140,6 +141,28 @@ def test_resumed_steps_are_those_of_the_unbroken_run(room):
 
 def test_loader_processes_keep_the_order(room):
     assert all_content(batches(room)) == all_content(batches(room, workers=2))
+
+
+def test_packed_micro_batches_are_what_they_were(room):
+    config, corpus, catalog = with_train(room, micro_tokens=150)
+    data = loader.TrainBatches(config, catalog, loader.shard_paths(corpus, "train"), 0, 1, range(3), 10)
+    for micros in data:
+        found = loader.unpack(loader.pack(micros), torch.device("cpu"))
+        assert len(found) == len(micros) > 1
+        for before, after in zip(micros, found, strict=True):
+            assert_equal(before, after)
+
+
+def assert_equal(before, after):
+    if isinstance(before, dict):
+        assert before.keys() == after.keys()
+        for name in before:
+            assert_equal(before[name], after[name])
+    elif torch.is_tensor(before):
+        assert before.dtype == after.dtype
+        assert torch.equal(before, after)
+    else:
+        assert before == after
 
 
 def test_shards_at_a_url_give_the_same_batches(room):

@@ -134,9 +134,10 @@ def test_two_ranks_and_accumulation_give_the_losses_of_one_rank(work, train):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_zero_stages_give_the_same_losses(work, train, stage):
+    work.write_text(work.read_text().replace("dropout = 0.1", "dropout = 0.0"))  # drawn for each pass
     expected = losses(train(work, "--train.max_steps=6")[1])
     assert len(expected) == 6
-    code, output = train(work, "--train.max_steps=6", f"--train.zero_stage={stage}")
+    code, output = train(work, "--train.max_steps=6", f"--train.zero_stage={stage}", "--train.micro_tokens=150")
     assert code == 0, output
     assert losses(output) == pytest.approx(expected, abs=2e-4)
 
