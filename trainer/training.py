@@ -71,6 +71,7 @@ class Training:
                 self.epoch_steps,
             ),
             batch_size=None,
+            collate_fn=loader.pack,
             num_workers=self.config.train.workers,
             pin_memory=self.engine.device.type == "cuda",
         )
@@ -98,17 +99,26 @@ class Training:
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.num_steps)
-        for _ in range(self.engine.gradient_accumulation_steps()):
-            begin = time.monotonic()
-            batch = loader.to_device(next(batches), self.engine.device)
-            window.loader_seconds += time.monotonic() - begin
+        begin = time.monotonic()
+        micros = loader.unpack(next(batches), self.engine.device)
+        window.loader_seconds += time.monotonic() - begin
+        num_passes = self._most(len(micros))
+        micros += [loader.filler(micros[0])] * (num_passes - len(micros))
+        for number, batch in enumerate(micros, 1):
+            self.engine.set_gradient_accumulation_boundary(number == num_passes)
             losses = self.engine(batch)
             self._agree(step, losses["loss"], batch["shard"])
-            self.engine.backward(losses["loss"])
-            self.engine.step()
+            self.engine.backward(losses["loss"], scale_wrt_gas=False)
             window.add(losses)
+        self.engine.step()
         window.steps += 1
         self.state["step"] = step + 1
+
+    def _most(self, count: int) -> int:
+        """The most passes that a rank needs for the step: all make as many, as gradients are reduced within them."""
+        most = torch.tensor(count, device=self.engine.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
 
     def _agree(self, step: int, loss: torch.Tensor, shard: str) -> None:
         """All ranks stop together, before the weights change, when one of them must."""
@@ -184,23 +194,22 @@ class Training:
 
 
 class Window:
-    """Sums between two lines of progress."""
+    """Sums between two lines of progress; the losses of a step are the sums of those of its micro-batches."""
 
     def __init__(self):
         self.start, self.steps, self.loader_seconds = time.monotonic(), 0, 0.0
         self._sums: torch.Tensor | None = None
         self._names: list[str] = []
-        self._count = 0
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         self._sums = values if self._sums is None else self._sums + values
-        self._names, self._count = list(losses), self._count + 1
+        self._names = list(losses)
 
     def means(self) -> dict[str, float]:
-        """Over the window and all ranks; collective."""
+        """Over the steps of the window and all ranks; collective."""
         dist.all_reduce(self._sums)
-        values = (self._sums / self._count / dist.get_world_size()).tolist()
+        values = (self._sums / self.steps / dist.get_world_size()).tolist()
         return dict(zip(self._names, values, strict=True))
 
     def seconds(self) -> float:
