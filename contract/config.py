@@ -210,6 +210,11 @@ class Loss:
     rec: float = _opt(1.0, "cross-entropy of the target's GID given the user", low=0)
     index: float = _opt(0.3, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
     bpr: float = _opt(0.3, "the user ranks the positive above the negative item", low=0)
+    softmax: float = _opt(
+        0.0,
+        "cross-entropy of the positive among the items of the batch given the user, corrected for popularity",
+        low=0,
+    )
     contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
 
 
@@ -459,5 +464,5 @@ def _check(config: Config) -> None:
         raise ValueError("etl.split = 'otto' needs etl.events, clicks first, such as ['clicks', 'carts', 'orders']")
     if etl.split in ("temporal", "otto") and config.data.time_unit == "order":
         raise ValueError(f"etl.split = {etl.split!r} goes by the clock, and data.time_unit = 'order' knows no dates")
-    if not any((config.loss.rec, config.loss.index, config.loss.bpr, config.loss.contrastive)):
+    if not any(vars(config.loss).values()):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")

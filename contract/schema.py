@@ -147,6 +147,14 @@ def read_items(corpus: Path) -> Items:
     )
 
 
+def read_num_train(corpus: Path, num_items: int) -> np.ndarray:
+    """int64 (I + 1,): train events of an item."""
+    table = pads.dataset(corpus / "items.parquet", format="parquet").to_table(["item_idx", "num_train"])
+    num_train = np.zeros(num_items + 1, np.int64)
+    num_train[table["item_idx"].to_numpy()] = table["num_train"].to_numpy()
+    return num_train
+
+
 def map_tokens(corpus: Path, num_items: int) -> Ragged:
     """Row item_idx: int32 content token ids. Row 0 is empty, and so are those of items without text.
 

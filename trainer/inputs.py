@@ -31,6 +31,7 @@ class Catalog:
     gids: np.ndarray  # int64 (I + 1, l)
     group: np.ndarray  # int64 (I + 1,): row of `siblings`
     siblings: Ragged  # items that share an l-1 prefix
+    popularity: np.ndarray  # float32 (I + 1,): share of an item in the train events
     vocab_size: int  # content tokens; the task tokens follow
     num_users: int
     event_weights: np.ndarray  # float32 (E + 1,): of a target by its event type, 1 on average; types are 1..E
@@ -63,13 +64,14 @@ def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
     gids = schema.read_gids(gid.path)
     if len(gids) != num_items + 1:
         raise ValueError(f"{gid.path} has {len(gids) - 1} GIDs for {num_items} items; run: python gid/build.py")
-    tree = GidTree(gids)
+    tree, num_train = GidTree(gids), schema.read_num_train(corpus.path, num_items)
     return Catalog(
         tokens=schema.map_tokens(corpus.path, num_items),
         users=schema.map_item_users(corpus.path, num_items),
         gids=gids,
         group=tree.group,
         siblings=tree.siblings(),
+        popularity=(num_train / max(1, num_train.sum())).astype(np.float32),
         vocab_size=corpus.counts["vocab_size"],
         num_users=corpus.counts["num_users"],
         event_weights=np.array([1.0, *_event_weights(corpus.manifest)], np.float32),

@@ -4,7 +4,11 @@
     L_rec         -log p(GID of the target | X_u)
     L_index       -log p(GID of an item | X_i), for the positive and the negative item
     L_bpr         -log sigma(h(X_u) . (h(X_i) - h(X_i-)))
+    L_softmax     -log exp(s_ui - log q_i) / sum over the items j of the batch of exp(s_uj - log q_j)
     L_contrastive -log sigma(h(X_i) . (h(X_i+) - h(X_i-)))
+
+L_softmax is not in the paper: sampled softmax over s_ui = h(X_u) . h(X_i), with the popularity of the sampled items
+taken out (Yi et al., RecSys 2019; q_i is how often i is expected in a batch).
 
 h(X) is the encoder's state at eos. As in T5, dot products with tied embeddings are scaled by d_model^-0.5; the same
 scale is given to h . h, which the paper leaves unscaled: with RMS-normalised states it would start saturated.
@@ -25,6 +29,7 @@ from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 # Embeddings are added up and read through RMS norms, so only their ratio to what the layers add matters. This one
 # lets AdamW at 1e-3 turn them within some hundred steps.
 EMBEDDING_STD = 0.1
+LOSSES = ("rec", "index", "bpr", "softmax", "contrastive")
 
 
 class ColaRecConfig(PreTrainedConfig):
@@ -64,7 +69,8 @@ class ColaRecConfig(PreTrainedConfig):
         self.d_model, self.d_ff, self.d_kv, self.num_heads = d_model, d_ff, d_kv, num_heads
         self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
         self.dropout, self.tie_codebooks = dropout, tie_codebooks
-        self.loss_weights, self.experiment = loss_weights or {}, experiment or {}
+        self.loss_weights = dict.fromkeys(LOSSES, 0.0) | (loss_weights or {})
+        self.experiment = experiment or {}
         super().__init__(**kwargs)
 
 
@@ -207,8 +213,12 @@ class ColaRec(PreTrainedModel):
                 losses["index"] = (loss.mean(1) * batch["index_weight"]).sum()
             h_item = self.summary(item_states, batch["item"]).float() * self.scale
             negative = h_item[batch["negative"]]
+            h_user = self.summary(user_states, batch["user"]).float()
+            if weights["softmax"]:
+                logits = h_user @ h_item.T - batch["log_q"]
+                loss = F.cross_entropy(logits, batch["positive"], reduction="none")
+                losses["softmax"] = (loss * batch["weight"]).sum()
             if weights["bpr"]:
-                h_user = self.summary(user_states, batch["user"]).float()
                 margin = (h_user * (h_item[batch["positive"]] - negative)).sum(-1)
                 losses["bpr"] = -(F.logsigmoid(margin) * batch["weight"]).sum()
             if weights["contrastive"]:

@@ -233,3 +233,19 @@ def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
         loader.check_batch_sizes(tiny.tiny_config(tmp_path / "work"), 2, 1)
     with pytest.raises(ValueError, match=r"length_groups = 5 is more than the 4 targets"):
         loader.check_batch_sizes(tiny.tiny_config(tmp_path / "work", train__length_groups="5"), 4, 4)
+
+
+def test_log_q_is_how_often_an_item_is_among_those_of_a_batch(tmp_path):
+    config, corpus, catalog, _ = tiny.tiny_room(tmp_path / "work", loss__contrastive="0", train__length_groups="1")
+    shards = loader.shard_paths(corpus, "train")
+    found = np.zeros(catalog.num_items + 1)
+    log_q = np.full(catalog.num_items + 1, np.nan)
+    batches = [batch for (batch,) in loader.TrainBatches(config, catalog, shards, 0, 1, range(600), 10)]
+    gid_of = {tuple(gid): item for item, gid in enumerate(catalog.gids.tolist())}
+    for batch in batches:
+        items = np.array([gid_of[tuple(gid)] for gid in batch["item"]["gid"].tolist()])
+        np.add.at(found, items[np.concatenate([batch["positive"], batch["negative"]])], 1)
+        log_q[items] = batch["log_q"]
+    # Negatives are not quite uniform: they are never items that the user has.
+    assert np.exp(log_q[1:]) == pytest.approx(found[1:] / len(batches), rel=0.5)
+    assert np.corrcoef(np.exp(log_q[1:]), found[1:])[0, 1] > 0.9

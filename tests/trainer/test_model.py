@@ -48,7 +48,7 @@ def log_p(model, states, gid):
 @pytest.mark.parametrize("encoding", ["tokens", "pooled"])
 @torch.no_grad()
 def test_losses_are_those_of_the_equations(room, encoding):
-    config, model, batch = room(history__encoding=encoding)
+    config, model, batch = room(history__encoding=encoding, loss__softmax="0.5")
     losses = model(batch)
     size = len(batch["gid"])
 
@@ -59,7 +59,8 @@ def test_losses_are_those_of_the_equations(room, encoding):
     item = [state(batch["item"], r) for r in range(len(batch["item"]["eos"]))]
     h = [s[0, -1] for s in item]
     scale = config.model.d_model**-0.5
-    expected = dict.fromkeys(("rec", "index", "bpr", "contrastive"), 0.0)
+    expected = dict.fromkeys(("rec", "index", "bpr", "softmax", "contrastive"), 0.0)
+    h_I = torch.stack(h)
     for row in range(size):
         user = state(batch["user"], row)
         positive, negative, sibling = (int(batch[n][row]) for n in ("positive", "negative", "sibling"))
@@ -68,6 +69,8 @@ def test_losses_are_those_of_the_equations(room, encoding):
         for i in (positive, negative):
             expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist())) / 3 / size
         expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) * weight
+        scores = torch.log_softmax(scale * h_I @ user[0, -1] - batch["log_q"], 0)
+        expected["softmax"] -= scores[positive] * weight
         if batch["sibling_weight"][row]:
             expected["contrastive"] -= torch.log(torch.sigmoid(scale * h[positive] @ (h[sibling] - h[negative]))) / size
     for name, value in expected.items():

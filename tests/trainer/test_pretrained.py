@@ -26,7 +26,7 @@ def t5(tmp_path):
 def room(tmp_path, **overrides):
     config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", **overrides)
     shards = loader.shard_paths(corpus, "train")
-    return config, corpus, model, next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(3), 10)))
+    return config, corpus, model, next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(3), 10)))[0]
 
 
 @torch.no_grad()
