@@ -349,10 +349,22 @@ def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History
     return to_tensors(batch)
 
 
+class _Place(NamedTuple):
+    """Where in `Packed.data` a tensor lies, in which type, and which type it is to have."""
+
+    begin: int
+    shape: tuple[int, ...]
+    packed: torch.dtype
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class Packed:
-    """The micro-batches of a step as one tensor: a loader process hands over, and a device receives, one and not
-    some thirty of them, of which each costs a file in shared memory or a copy of its own."""
+    """The micro-batches of a step as one tensor, ids in the smallest type that holds them.
+
+    Loader processes hand over, and a device receives, one small tensor instead of some thirty large ones, of which each
+    would cost a file in shared memory, or a copy, of its own.
+    """
 
     data: torch.Tensor  # uint8
     layout: list  # the micro-batches, with a _Place for each tensor
@@ -370,18 +382,28 @@ def pack(micros: list[dict]) -> Packed:
             return {name: layout(part) for name, part in value.items()}
         if not torch.is_tensor(value):
             return value
-        begin = size
-        parts.append(value.contiguous().flatten().view(torch.uint8))
-        parts.append(torch.zeros(-parts[-1].numel() % 8, dtype=torch.uint8))  # views begin where their type may
-        size += parts[-2].numel() + parts[-1].numel()
-        return _Place(begin, tuple(value.shape), value.dtype)
+        narrow = _narrowed(value)
+        place = _Place(size, tuple(value.shape), narrow.dtype, value.dtype)
+        parts.append(narrow.flatten().view(torch.uint8))
+        parts.append(torch.zeros(-len(parts[-1]) % 8, dtype=torch.uint8))  # the next one begins where any type may
+        size += len(parts[-2]) + len(parts[-1])
+        return place
 
     layouts = [layout(micro) for micro in micros]
     return Packed(torch.cat(parts), layouts)
 
 
+def _narrowed(value: torch.Tensor) -> torch.Tensor:
+    """Ids, which are not negative, in the smallest integer type that holds them; other tensors as they are."""
+    if value.dtype != torch.int64 or not value.numel():
+        return value
+    highest = int(value.max())
+    types = (torch.int8, torch.int16, torch.int32, torch.int64)
+    return value.to(next(dtype for dtype in types if highest <= torch.iinfo(dtype).max))
+
+
 def unpack(packed: Packed, device: torch.device) -> list[dict]:
-    """The micro-batches on a device, as views of one tensor."""
+    """The micro-batches of `pack` on a device."""
     data = packed.data.to(device, non_blocking=True)
 
     def value(place):
@@ -389,18 +411,10 @@ def unpack(packed: Packed, device: torch.device) -> list[dict]:
             return {name: value(part) for name, part in place.items()}
         if not isinstance(place, _Place):
             return place
-        num_bytes = math.prod(place.shape) * place.dtype.itemsize
-        return data[place.begin : place.begin + num_bytes].view(place.dtype).view(place.shape)
+        end = place.begin + math.prod(place.shape) * place.packed.itemsize
+        return data[place.begin : end].view(place.packed).view(place.shape).to(place.dtype)
 
     return [value(layout) for layout in packed.layout]
-
-
-class _Place(NamedTuple):
-    """Where in `Packed.data` a tensor lies."""
-
-    begin: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def to_tensors(arrays: dict) -> dict:

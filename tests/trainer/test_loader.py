@@ -153,6 +153,13 @@ def test_packed_micro_batches_are_what_they_were(room):
             assert_equal(before, after)
 
 
+def test_packing_keeps_ids_of_any_size():
+    ids = {str(bits): torch.tensor([0, 2**bits - 1, 2**bits]) for bits in (6, 7, 15, 31, 40)}
+    micro = ids | {"none": torch.zeros(0, 3, dtype=torch.int64), "share": torch.tensor([0.1, -2.0]), "shard": "a"}
+    (found,) = loader.unpack(loader.pack([micro]), torch.device("cpu"))
+    assert_equal(micro, found)
+
+
 def assert_equal(before, after):
     if isinstance(before, dict):
         assert before.keys() == after.keys()
