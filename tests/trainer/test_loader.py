@@ -99,10 +99,14 @@ def targets(batch):
     return (1 + batch["gid"] @ (4 ** torch.arange(2, -1, -1))).tolist()
 
 
-def test_rows_of_a_batch_are_in_groups_of_like_length(room):
-    for (batch,) in batches(room):
+@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+def test_rows_of_a_batch_are_in_groups_of_like_length(room, encoding):
+    config, *rest = room
+    config = dataclasses.replace(config, history=dataclasses.replace(config.history, encoding=encoding, max_tokens=10))
+    for (batch,) in batches((config, *rest)):
         for side in ("user", "item"):
             lengths, groups = batch[side]["eos"] + 1, batch[side]["groups"]
+            assert torch.equal(lengths, lengths.sort().values)
             assert [begin for begin, _, _ in groups] == [0, *(end for _, end, _ in groups[:-1])]
             assert groups[-1][1] == len(lengths)
             assert [width for _, _, width in groups] == [lengths[begin:end].max() for begin, end, _ in groups]
