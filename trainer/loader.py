@@ -18,6 +18,7 @@ import torch
 
 from contract.artifacts import Artifact
 from contract.config import Config
+from contract.schema import Ragged
 from trainer import inputs, samples
 from trainer.inputs import Catalog, History
 from trainer.samples import Block
@@ -310,7 +311,8 @@ def eval_batches(
 ) -> Iterator[dict]:
     """All users of a valid or test split, a rank's shards of them.
 
-    A batch never crosses a shard, so that what is computed of a user is the same at any number of ranks. Yields
+    A batch never crosses a shard, so that what is computed of a user is the same at any number of ranks; within a
+    shard users are batched by length, as that pads little. Yields
 
         user: X_u of B users; user_idx (B,), 0 in batches that only fill up
         pair_row (P,), pair_gid (P, l): the targets, as rows of user and GIDs; a user may have several
@@ -323,31 +325,32 @@ def eval_batches(
         history = samples.eval_histories(
             config, catalog, block, np.random.default_rng([config.seed, len(block.user_idx)])
         )
-        for begin in range(0, len(block.user_idx), batch):
-            last = _eval_batch(config, catalog, block, history, range(begin, min(begin + batch, len(block.user_idx))))
+        order = np.argsort(inputs.user_lengths(config, catalog, history.item_idx), kind="stable")
+        for begin in range(0, len(order), batch):
+            last = _eval_batch(config, catalog, block, history, order[begin : begin + batch])
             yield last
             count += 1
     if last is None:  # more ranks than shards
         block = samples.read_shard(shards[0])
         history = samples.eval_histories(config, catalog, block, np.random.default_rng(0))
-        last = _eval_batch(config, catalog, block, history, range(1))
+        last = _eval_batch(config, catalog, block, history, np.arange(1))
     filler = last | {"user_idx": torch.zeros_like(last["user_idx"])}
     filler |= {"pair_row": last["pair_row"][:0], "pair_gid": last["pair_gid"][:0]}
     for _ in range(count, num_eval_batches(corpus, split, batch, world_size)):
         yield filler
 
 
-def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History, rows: range) -> dict:
-    at = slice(rows.start, rows.stop)
-    begin, end = block.item_idx.offsets[rows.start], block.item_idx.offsets[rows.stop]
-    row, item, is_target = block.row[begin:end], block.item_idx.values[begin:end], block.is_target[begin:end]
+def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History, rows: np.ndarray) -> dict:
+    items = block.item_idx.take(rows)
+    is_target = Ragged(block.is_target, block.item_idx.offsets).take(rows).values
+    row = np.repeat(np.arange(len(rows)), items.lengths)
     batch = {
-        "user": inputs.user_inputs(config, catalog, History(*(array[at] for array in vars(history).values()))),
-        "user_idx": block.user_idx[at],
-        "pair_row": row[is_target] - rows.start,
-        "pair_gid": catalog.gids[item[is_target]],
-        "seen_row": row[~is_target] - rows.start,
-        "seen_item": item[~is_target].astype(np.int64),
+        "user": inputs.user_inputs(config, catalog, History(*(array[rows] for array in vars(history).values()))),
+        "user_idx": block.user_idx[rows],
+        "pair_row": row[is_target],
+        "pair_gid": catalog.gids[items.values[is_target]],
+        "seen_row": row[~is_target],
+        "seen_item": items.values[~is_target].astype(np.int64),
     }
     return to_tensors(batch)
 

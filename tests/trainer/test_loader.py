@@ -234,6 +234,20 @@ def test_eval_covers_every_user_once_at_any_world_size(room, world_size):
     assert sum(len(b["pair_row"]) for rank in ranks for b in rank) == 60
 
 
+def test_eval_batches_hold_the_targets_and_histories_of_their_users(room):
+    config, corpus, catalog = room
+    sequences, found = tiny.sequences(60, 40), 0
+    for batch in loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1):
+        for row, user_idx in enumerate(batch["user_idx"].tolist()):
+            *history, target = sequences[user_idx - 1].tolist()
+            assert batch["seen_item"][batch["seen_row"] == row].tolist() == history
+            assert batch["pair_gid"][batch["pair_row"] == row].tolist() == [catalog.gids[target].tolist()]
+            shown = batch["user"]["item"][row]
+            assert shown[shown > 0].tolist() == history[-config.history.eval_items :]
+            found += 1
+    assert found == 60
+
+
 def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
     config = tiny.tiny_config(tmp_path / "work", train__global_batch="18")
     with pytest.raises(ValueError, match="use 16 or 20"):
