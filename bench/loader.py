@@ -4,12 +4,13 @@
 
 Reads <work>/corpus and <work>/gid of each config (--runs: the folder of the work folders, if not as configured). The
 batches are those of one rank that has the whole global batch, as torch's DataLoader hands them out, on the CPU and
-not pinned. 'tokens' is the shape of the paper: 10 history items, 256 positions at most.
+not pinned. 'tokens' is the shape of the paper: 10 history items, 256 positions at most, 8 length groups; 'pooled' the
+defaults.
 
-samples/s is wall time, CPU-s is the time of all processes of the loader, the start of the workers and the reading of
-their first shards included: on a busy machine samples/CPU-s is the figure to trust, and more workers than free cores
-give nothing. Padding is the share of encoder positions, users and items together, that hold no token; of one run is
-what it would be if every row were as wide as the longest of its batch. Writes bench/results/loader.{json,md}.
+samples/s goes by the clock. samples/CPU-s goes by the CPU time of all processes of the loader, the start of the workers
+and the reading of their first shards included; on a busy machine it is the figure to trust. Padding is the share of
+encoder positions, users and items together, that hold no token; of one group is what it would be if every row were as
+wide as the longest of its batch. Writes bench/results/loader.{json,md}.
 """
 
 import argparse
@@ -30,7 +31,12 @@ from trainer.inputs import Catalog, read_catalog
 RESULTS = Path(__file__).parent / "results"
 ENCODINGS = {
     "pooled": {"history.encoding": "pooled"},
-    "tokens": {"history.encoding": "tokens", "history.train_items": "10", "history.max_tokens": "256"},
+    "tokens": {
+        "history.encoding": "tokens",
+        "history.train_items": "10",
+        "history.max_tokens": "256",
+        "train.length_groups": "8",
+    },
 }
 BATCHES, WORKERS = (128, 1024), (0, 1, 2)
 
@@ -63,7 +69,7 @@ def measure(config: Config, shards: list[str], catalog: Catalog, epoch_steps: in
         "samples/CPU-s": num_steps * config.train.global_batch / cpu,
         "tokens/CPU-s": num_tokens / share / cpu,
         "padding": 1 - num_tokens / num_positions,
-        "padding of one run": 1 - num_tokens / unsorted,
+        "padding of one group": 1 - num_tokens / unsorted,
     }
 
 

@@ -232,7 +232,9 @@ class Train:
         low=0,
     )
     length_groups: int = _opt(
-        8, "encoder passes over a forward pass's users, and over its items, by length: more of them pad less", low=1
+        4,
+        "encoder passes over a forward pass's users, and over its items, by length: more pad less; 8 for 'tokens'",
+        low=1,
     )
     lr: float = _opt(3e-3, "peak AdamW learning rate", low=1e-9)
     weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)

@@ -18,6 +18,7 @@ import torch
 
 from contract.artifacts import Artifact
 from contract.config import Config
+from contract.schema import Ragged
 from trainer import inputs, samples
 from trainer.inputs import Catalog, History
 from trainer.samples import Block
@@ -41,7 +42,7 @@ def shard_paths(corpus: Artifact, split: str) -> list[str]:
         raise ValueError(f"data.shards_url = {base!r} cannot be listed: {error}; {remedy}") from error
     for name in names:
         expected = corpus.manifest["files"][name]["bytes"]
-        if sizes.get(name) != expected:
+        if sizes.get(name, 0) not in (expected, None):  # a listing over HTTP knows no sizes
             found = f"has {sizes[name]} bytes, not {expected}" if name in sizes else "is missing"
             raise ValueError(f"shard {base}/{name} {found}; {remedy}")
     return [f"{base}/{name}" for name in names]
@@ -132,18 +133,21 @@ class TrainBatches(torch.utils.data.IterableDataset):
         drawn = _concatenate(drawn)
         length = inputs.user_lengths(self.config, self.catalog, drawn["item_idx"])
         order = np.argsort(length, kind="stable")
-        drawn, length = {name: values[order] for name, values in drawn.items()}, length[order]
+        drawn = {name: values[order] for name, values in drawn.items()}
         shards = ", ".join(sorted({block.shard for part in parts for block, _ in part}))
         batches = []
-        items = [inputs.item_lengths(self.config, self.catalog, drawn[name]) for name in self._item_names()]
-        item_length = len(items) * np.max(items, axis=0) if items else np.zeros_like(length)
-        for begin, end in cut(length, item_length, self.config.train.micro_tokens):
+        for begin, end in cut(length[order], self._item_positions(drawn), self.config.train.micro_tokens):
             # Too few rows for the groups: the last one is repeated, without weight.
-            rows = np.minimum(np.arange(begin, max(end, begin + self.config.train.length_groups)), end - 1)
-            share = (np.arange(begin, begin + len(rows)) < end) / np.float32(self.rank_batch)
-            micro = {name: values[rows] for name, values in drawn.items()}
-            batches.append(self._build(step, micro, share.astype(np.float32)) | {"shard": shards})
+            column = np.arange(begin, max(end, begin + self.config.train.length_groups))
+            micro = {name: values[np.minimum(column, end - 1)] for name, values in drawn.items()}
+            share = (column < end).astype(np.float32) / np.float32(self.rank_batch)
+            batches.append(self._build(step, micro, share) | {"shard": shards})
         return batches
+
+    def _item_positions(self, drawn: dict[str, np.ndarray]) -> np.ndarray:
+        """int64 (B,): the positions of a target's items, each as long as the longest of them."""
+        lengths = [inputs.item_lengths(self.config, self.catalog, drawn[name]) for name in self._item_names()]
+        return len(lengths) * np.max(lengths, axis=0) if lengths else np.zeros(len(drawn["positive"]), np.int64)
 
     def _item_names(self) -> list[str]:
         """The columns of the items that a loss needs."""
@@ -196,7 +200,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         return np.pad(distinct[order], (0, missing), mode="edge"), rank[rows]
 
 
-def cut(user_length: np.ndarray, item_length: np.ndarray, budget: int) -> list[tuple[int, int]]:
+def cut(user_length: np.ndarray, item_positions: np.ndarray, budget: int) -> list[tuple[int, int]]:
     """Partitions targets, sorted by the length of X_u, into micro-batches (begin, end) of at most `budget` positions.
 
     Counted as rectangles, every row as long as the longest of its kind: what the states of a pass take in memory.
@@ -204,14 +208,14 @@ def cut(user_length: np.ndarray, item_length: np.ndarray, budget: int) -> list[t
 
     Args:
         user_length: int64 (B,), ascending.
-        item_length: int64 (B,), of a target's items together, each as long as the longest of them.
+        item_positions: int64 (B,), of a target's items together, each as long as the longest of them.
         budget: 0: all targets at once.
     """
     if not budget:
         return [(0, len(user_length))]
     begin, cuts = 0, []
     while begin < len(user_length):
-        width = user_length[begin:] + np.maximum.accumulate(item_length[begin:])
+        width = user_length[begin:] + np.maximum.accumulate(item_positions[begin:])
         positions = np.arange(1, len(width) + 1) * width
         end = begin + max(1, int(np.searchsorted(positions, budget, side="right")))
         cuts.append((begin, end))
@@ -316,7 +320,8 @@ def eval_batches(
 ) -> Iterator[dict]:
     """All users of a valid or test split, a rank's shards of them.
 
-    A batch never crosses a shard, so that what is computed of a user is the same at any number of ranks. Yields
+    A batch never crosses a shard, so that what is computed of a user is the same at any number of ranks; within a
+    shard users are batched by length, as that pads little. Yields
 
         user: X_u of B users; user_idx (B,), 0 in batches that only fill up
         pair_row (P,), pair_gid (P, l): the targets, as rows of user and GIDs; a user may have several
@@ -329,39 +334,52 @@ def eval_batches(
         history = samples.eval_histories(
             config, catalog, block, np.random.default_rng([config.seed, len(block.user_idx)])
         )
-        for begin in range(0, len(block.user_idx), batch):
-            last = _eval_batch(config, catalog, block, history, range(begin, min(begin + batch, len(block.user_idx))))
+        order = np.argsort(inputs.user_lengths(config, catalog, history.item_idx), kind="stable")
+        for begin in range(0, len(order), batch):
+            last = _eval_batch(config, catalog, block, history, order[begin : begin + batch])
             yield last
             count += 1
     if last is None:  # more ranks than shards
         block = samples.read_shard(shards[0])
         history = samples.eval_histories(config, catalog, block, np.random.default_rng(0))
-        last = _eval_batch(config, catalog, block, history, range(1))
+        last = _eval_batch(config, catalog, block, history, np.arange(1))
     filler = last | {"user_idx": torch.zeros_like(last["user_idx"])}
     filler |= {"pair_row": last["pair_row"][:0], "pair_gid": last["pair_gid"][:0]}
     for _ in range(count, num_eval_batches(corpus, split, batch, world_size)):
         yield filler
 
 
-def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History, rows: range) -> dict:
-    at = slice(rows.start, rows.stop)
-    begin, end = block.item_idx.offsets[rows.start], block.item_idx.offsets[rows.stop]
-    row, item, is_target = block.row[begin:end], block.item_idx.values[begin:end], block.is_target[begin:end]
+def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History, rows: np.ndarray) -> dict:
+    items = block.item_idx.take(rows)
+    is_target = Ragged(block.is_target, block.item_idx.offsets).take(rows).values
+    row = np.repeat(np.arange(len(rows)), items.lengths)
     batch = {
-        "user": inputs.user_inputs(config, catalog, History(*(array[at] for array in vars(history).values()))),
-        "user_idx": block.user_idx[at],
-        "pair_row": row[is_target] - rows.start,
-        "pair_gid": catalog.gids[item[is_target]],
-        "seen_row": row[~is_target] - rows.start,
-        "seen_item": item[~is_target].astype(np.int64),
+        "user": inputs.user_inputs(config, catalog, History(*(array[rows] for array in vars(history).values()))),
+        "user_idx": block.user_idx[rows],
+        "pair_row": row[is_target],
+        "pair_gid": catalog.gids[items.values[is_target]],
+        "seen_row": row[~is_target],
+        "seen_item": items.values[~is_target].astype(np.int64),
     }
     return to_tensors(batch)
 
 
+class _Place(NamedTuple):
+    """Where in `Packed.data` a tensor lies, in which type, and which type it is to have."""
+
+    begin: int
+    shape: tuple[int, ...]
+    packed: torch.dtype
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class Packed:
-    """The micro-batches of a step as one tensor: a loader process hands over, and a device receives, one and not
-    some thirty of them, of which each costs a file in shared memory or a copy of its own."""
+    """The micro-batches of a step as one tensor, ids in the smallest type that holds them.
+
+    Loader processes hand over, and a device receives, one small tensor instead of some thirty large ones, of which each
+    would cost a file in shared memory, or a copy, of its own.
+    """
 
     data: torch.Tensor  # uint8
     layout: list  # the micro-batches, with a _Place for each tensor
@@ -379,18 +397,28 @@ def pack(micros: list[dict]) -> Packed:
             return {name: layout(part) for name, part in value.items()}
         if not torch.is_tensor(value):
             return value
-        begin = size
-        parts.append(value.contiguous().flatten().view(torch.uint8))
-        parts.append(torch.zeros(-parts[-1].numel() % 8, dtype=torch.uint8))  # views begin where their type may
-        size += parts[-2].numel() + parts[-1].numel()
-        return _Place(begin, tuple(value.shape), value.dtype)
+        narrow = _narrowed(value)
+        place = _Place(size, tuple(value.shape), narrow.dtype, value.dtype)
+        parts.append(narrow.flatten().view(torch.uint8))
+        parts.append(torch.zeros(-len(parts[-1]) % 8, dtype=torch.uint8))  # the next one begins where any type may
+        size += len(parts[-2]) + len(parts[-1])
+        return place
 
     layouts = [layout(micro) for micro in micros]
     return Packed(torch.cat(parts), layouts)
 
 
+def _narrowed(value: torch.Tensor) -> torch.Tensor:
+    """Ids, which are not negative, in the smallest integer type that holds them; other tensors as they are."""
+    if value.dtype != torch.int64 or not value.numel():
+        return value
+    highest = int(value.max())
+    types = (torch.int8, torch.int16, torch.int32, torch.int64)
+    return value.to(next(dtype for dtype in types if highest <= torch.iinfo(dtype).max))
+
+
 def unpack(packed: Packed, device: torch.device) -> list[dict]:
-    """The micro-batches on a device, as views of one tensor."""
+    """The micro-batches of `pack` on a device."""
     data = packed.data.to(device, non_blocking=True)
 
     def value(place):
@@ -398,18 +426,10 @@ def unpack(packed: Packed, device: torch.device) -> list[dict]:
             return {name: value(part) for name, part in place.items()}
         if not isinstance(place, _Place):
             return place
-        num_bytes = math.prod(place.shape) * place.dtype.itemsize
-        return data[place.begin : place.begin + num_bytes].view(place.dtype).view(place.shape)
+        end = place.begin + math.prod(place.shape) * place.packed.itemsize
+        return data[place.begin : end].view(place.packed).view(place.shape).to(place.dtype)
 
     return [value(layout) for layout in packed.layout]
-
-
-class _Place(NamedTuple):
-    """Where in `Packed.data` a tensor lies."""
-
-    begin: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def to_tensors(arrays: dict) -> dict:

@@ -99,10 +99,14 @@ def targets(batch):
     return (1 + batch["gid"] @ (4 ** torch.arange(2, -1, -1))).tolist()
 
 
-def test_rows_of_a_batch_are_in_groups_of_like_length(room):
-    for (batch,) in batches(room):
+@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+def test_rows_of_a_batch_are_in_groups_of_like_length(room, encoding):
+    config, *rest = room
+    config = dataclasses.replace(config, history=dataclasses.replace(config.history, encoding=encoding, max_tokens=10))
+    for (batch,) in batches((config, *rest)):
         for side in ("user", "item"):
             lengths, groups = batch[side]["eos"] + 1, batch[side]["groups"]
+            assert torch.equal(lengths, lengths.sort().values)
             assert [begin for begin, _, _ in groups] == [0, *(end for _, end, _ in groups[:-1])]
             assert groups[-1][1] == len(lengths)
             assert [width for _, _, width in groups] == [lengths[begin:end].max() for begin, end, _ in groups]
@@ -151,6 +155,13 @@ def test_packed_micro_batches_are_what_they_were(room):
         assert len(found) == len(micros) > 1
         for before, after in zip(micros, found, strict=True):
             assert_equal(before, after)
+
+
+def test_packing_keeps_ids_of_any_size():
+    ids = {str(bits): torch.tensor([0, 2**bits - 1, 2**bits]) for bits in (6, 7, 15, 31, 40)}
+    micro = ids | {"none": torch.zeros(0, 3, dtype=torch.int64), "share": torch.tensor([0.1, -2.0]), "shard": "a"}
+    (found,) = loader.unpack(loader.pack([micro]), torch.device("cpu"))
+    assert_equal(micro, found)
 
 
 def assert_equal(before, after):
@@ -221,6 +232,20 @@ def test_eval_covers_every_user_once_at_any_world_size(room, world_size):
     users = np.concatenate([b["user_idx"].numpy() for rank in ranks for b in rank])
     assert sorted(users[users > 0]) == list(range(1, 61))
     assert sum(len(b["pair_row"]) for rank in ranks for b in rank) == 60
+
+
+def test_eval_batches_hold_the_targets_and_histories_of_their_users(room):
+    config, corpus, catalog = room
+    sequences, found = tiny.sequences(60, 40), 0
+    for batch in loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1):
+        for row, user_idx in enumerate(batch["user_idx"].tolist()):
+            *history, target = sequences[user_idx - 1].tolist()
+            assert batch["seen_item"][batch["seen_row"] == row].tolist() == history
+            assert batch["pair_gid"][batch["pair_row"] == row].tolist() == [catalog.gids[target].tolist()]
+            shown = batch["user"]["item"][row]
+            assert shown[shown > 0].tolist() == history[-config.history.eval_items :]
+            found += 1
+    assert found == 60
 
 
 def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
