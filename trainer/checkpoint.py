@@ -135,17 +135,25 @@ class Checkpoints:
         tensors = _Tensors(folder, [name for name in record["files"] if name.startswith("part-")])
         engine_state.restore(engine, lambda name, key: tensors.read(f"{name}/{key}"), record["num_updates"])
         if rows:
-            _restore_rows(folder, rows, record["world_size"])
+            read_rows(folder, record["world_size"], rows, dist.get_rank(), dist.get_world_size())
         dist.barrier()
         return record["state"]
 
-    def save_best(self, weights: Rows) -> None:
-        """Keeps these weights as the best (rank 0)."""
-        temporary = self.best.with_name(".best.tmp")
-        _write_file(weights, temporary)
-        checksum = json.dumps(_checksum(temporary))
-        temporary.rename(self.best)
-        write_atomically(self.best.with_suffix(".json"), checksum)
+    def save_best(self, weights: Rows, device: torch.device) -> None:
+        """Keeps the weights that rank 0 has as the best (all ranks). Raises ValueError when they cannot be written."""
+
+        def write() -> None:
+            temporary = self.best.with_name(".best.tmp")
+            _write_file(weights, temporary)
+            checksum = json.dumps(_checksum(temporary))
+            temporary.rename(self.best)
+            write_atomically(self.best.with_suffix(".json"), checksum)
+
+        if problem := _together(write if dist.get_rank() == 0 else None, device):
+            raise ValueError(
+                f"the best weights cannot be written to {self.best}: {problem}. Make room; the same command goes on "
+                "from the last checkpoint"
+            )
 
     def best_is_whole(self) -> bool:
         try:
@@ -238,16 +246,15 @@ def deal(sizes: dict[str, int], world_size: int) -> dict[str, int]:
     return rank_of
 
 
-def _restore_rows(folder: Path, rows: Rows, old_world_size: int) -> None:
-    """Fills the rows of this rank from those of the ranks that wrote them."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for writer in range(old_world_size):
-        if world_size == old_world_size and writer != rank:
+def read_rows(folder: Path, num_writers: int, rows: Rows, rank: int, world_size: int) -> None:
+    """Fills in `rows`, those of tables that `rank` of `world_size` holds, from the files of so many writers."""
+    for writer in range(num_writers):
+        if world_size == num_writers and writer != rank:
             continue
         tensors = _Tensors(folder, [f"rows-{writer:05d}.safetensors"])
         for name, own in rows.items():
             part = tensors.read(name)
-            row = writer + torch.arange(len(part)) * old_world_size
+            row = writer + torch.arange(len(part)) * num_writers
             mine = row % world_size == rank
             own[(row[mine] // world_size).to(own.device)] = part[mine].to(own.device, own.dtype)
 

@@ -57,7 +57,6 @@ def process_group(timeout: int = 1800) -> Iterator[tuple[int, int, torch.device]
         return
     with Watch(*group):
         yield group
-    # Not after an error: with a rank gone, leaving the group can wait for it.
     dist.destroy_process_group()
 
 

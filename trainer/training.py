@@ -254,8 +254,7 @@ class Training:
             self.state |= {"best": measured | {"step": step}, "best_epoch": epoch, "stale": 0}
             weights = engine_state.full_weights(self.engine, self._evaluated)
             weights = {name: weight.cpu().clone() for name, weight in weights if self.rank == 0}
-            if self.rank == 0:
-                self.checkpoints.save_best(weights)
+            self.checkpoints.save_best(weights, self.engine.device)
         else:
             self.state["stale"] += 1
         self.state["validated"] = step

@@ -17,6 +17,8 @@ import threading
 import torch
 import torch.distributed as dist
 
+from contract.cli import EXIT_ERROR
+
 # What a failed collective waits for, to learn which rank it was; and what this process then has to end by itself.
 LEARN_SECONDS, GRACE_SECONDS = 5.0, 5.0
 _JOIN_SECONDS = 60.0
@@ -48,6 +50,9 @@ class Watch:
         self._left.set()
         leaves = error is None or isinstance(error, (KeyboardInterrupt, SystemExit))
         self._tell("" if leaves else self._cause or f"{_name(self.rank)} failed: {_line(error)}")
+        if not leaves and self._peers and dist.get_backend() == "gloo":
+            # Closes the sockets, at which the collectives of the others fail. With NCCL it could wait for them.
+            dist.destroy_process_group()
         if collective_failed and self._cause:
             raise ConnectionError(self._cause) from error
 
@@ -102,7 +107,7 @@ class Watch:
         if not self._left.wait(GRACE_SECONDS):
             # The main thread hangs in a collective, where no exception reaches it.
             print(f"error: {self._cause}", file=sys.stderr, flush=True)
-            os._exit(1)
+            os._exit(EXIT_ERROR)
 
     def _tell(self, lost: str) -> None:
         """Says why this rank leaves: '' for the end of its work."""
