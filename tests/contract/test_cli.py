@@ -18,12 +18,10 @@ progress("epoch 1")
 def test_a_terminal_has_one_line_that_is_rewritten():
     leader, follower = pty.openpty()
     env = os.environ | {"COLUMNS": "40"}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=follower, env=env) as process:
-        os.close(follower)
-        output = b""
-        while process.poll() is None or not output.endswith(b"epoch 1\r\n"):
-            output += os.read(leader, 1000)
+    subprocess.run([sys.executable, "-c", SCRIPT], stdout=follower, env=env, check=True)
+    output = os.read(leader, 10_000)
     os.close(leader)
+    os.close(follower)
     lines = output.decode().split("\r\n")
     assert len(lines) == 3  # begins; the status, in the end replaced by epoch 1; nothing
     assert lines[0].endswith("begins")

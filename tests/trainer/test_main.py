@@ -162,7 +162,9 @@ def test_a_stage_before_the_one_it_needs_names_the_command(work, train, tmp_path
 
 def test_it_learns_what_follows_what(work, train):
     """After item i comes i + 1 (mostly): far below chance is reached only by reading the latest item."""
-    code, output = train(work, "--train.epochs=40", "--train.lr=1e-2", "--train.log_every=1000")
+    code, output = train(
+        work, "--train.epochs=40", "--train.lr=1e-2", "--train.log_every=1000", "--train.eval_every=110"
+    )
     assert code == 0
     valid = [float(x) for x in re.findall(r"valid loss (\d+\.\d+)", output)]
     assert valid[0] == pytest.approx(1.386, abs=0.05)
