@@ -281,6 +281,11 @@ class Tracking:
 
     uri: str = _opt("sqlite:///runs/mlflow.db", "MLflow tracking URI: sqlite:///path or http(s)://server")
     experiment: str = _opt("colarec", "MLflow experiment")
+    system_every: int = _opt(
+        30,
+        "seconds between two samples of what training uses of the first machine (CPU, memory, disk, GPUs); 0: none",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)
