@@ -49,7 +49,7 @@ def measure_ours(config: Config, num_steps: int) -> dict:
 
     corpus, gid = open_artifact(config, "corpus"), open_artifact(config, "gid")
     catalog, progress = read_catalog(corpus, gid), Progress("bench")
-    with distributed.process_group(config) as (_, world_size, device):
+    with distributed.process_group() as (_, world_size, device):
         torch.manual_seed(config.seed)
         model = build_model(config, catalog, gid, progress)
         engine = distributed.initialize(config, model, world_size, device)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -12,6 +13,16 @@ from contract import config as config_module
 from contract.config import Config
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+# The scheduler took the machine away (SIGTERM, SIGUSR1) and the state is saved: to be queued again. EX_TEMPFAIL.
+EXIT_PREEMPTED = 75
+
+_CLEAR = "\r\x1b[K"  # to the first column of a terminal, and empty to its end
+
+
+class Preempted(KeyboardInterrupt):
+    """A stage stopped because the scheduler asked for it; the same command goes on."""
 
 
 def parse(argv: list[str], doc: str) -> tuple[Config, bool]:
@@ -60,20 +71,37 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"error: {message}", file=sys.stderr, flush=True)
         if os.environ.get("COLAREC_TRACEBACK"):
             raise
-        sys.exit(2)
-    except KeyboardInterrupt:
+        sys.exit(EXIT_ERROR)
+    except KeyboardInterrupt as stop:
         if RANK == 0:
             print("\ninterrupted; finished artifacts are as they were", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.exit(EXIT_PREEMPTED if isinstance(stop, Preempted) else EXIT_INTERRUPTED)
 
 
 class Progress:
-    """Prints what a stage is doing, with the seconds since it began. Silent on ranks above 0."""
+    """Prints what a stage is doing, with the seconds since it began. Silent on ranks above 0.
+
+    On a terminal one last line is rewritten in place by `status`; anywhere else there is none.
+    """
 
     def __init__(self, stage: str):
         self.stage = stage
         self.start = time.monotonic()
+        self.on_terminal = RANK == 0 and sys.stdout.isatty()
 
     def __call__(self, message: str) -> None:
         if RANK == 0:
-            print(f"[{self.stage} {time.monotonic() - self.start:6.1f}s] {message}", flush=True)
+            print(f"{_CLEAR if self.on_terminal else ''}{self._line(message)}", flush=True)
+
+    def everywhere(self, message: str) -> None:
+        """As a call, but from any rank: for what only that one knows."""
+        print(f"{_CLEAR if self.on_terminal else ''}{self._line(f'rank {RANK}: {message}')}", flush=True)
+
+    def status(self, message: str) -> None:
+        """Rewrites the last line of a terminal, cut to its width."""
+        if self.on_terminal:
+            width = shutil.get_terminal_size().columns
+            print(f"{_CLEAR}{self._line(message)[: width - 1]}", end="", flush=True)
+
+    def _line(self, message: str) -> str:
+        return f"[{self.stage} {time.monotonic() - self.start:6.1f}s] {message}"

@@ -238,10 +238,25 @@ class Train:
     )
     lr: float = _opt(3e-3, "peak AdamW learning rate", low=1e-9)
     weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)
-    warmup: float = _opt(
-        0.05, "share of the steps with a rising learning rate; then it falls linearly to 0", low=0, high=1
+    schedule: str = _opt(
+        "linear",
+        "learning rate after the warm-up: falls to 0 linearly or as a half cosine, or stays",
+        ("linear", "cosine", "constant"),
     )
+    warmup: float = _opt(0.05, "share of the steps with a rising learning rate", low=0, high=1)
     clip: float = _opt(1.0, "gradient norm, at most", low=1e-9)
+    ema: float = _opt(
+        0.0,
+        "decay per step of an average of the weights, such as 0.999, that is validated and kept instead; 0: none",
+        low=0,
+        high=0.999999,
+    )
+    non_finite: str = _opt(
+        "stop",
+        "at a loss or gradient that is not finite: 'stop', or 'skip' the step on all ranks",
+        ("stop", "skip"),
+    )
+    max_skipped: int = _opt(10, "stop after so many skipped steps all the same", low=0)
     zero_stage: int = _opt(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
     precision: str = _opt("auto", "'auto': bf16 on GPUs that have it, else fp32", ("auto", "fp32", "bf16"))
     recompute: bool = _opt(
@@ -251,9 +266,17 @@ class Train:
     streams: int = _opt(8, "independent data streams; the number of ranks must divide it", low=1)
     workers: int = _opt(0, "loader processes per rank", low=0)
     log_every: int = _opt(20, "steps between two lines of progress and metrics", low=1)
-    save_every: int = _opt(500, "steps between two checkpoints; every epoch ends with one as well", low=1)
+    save_every: int = _opt(500, "steps between two checkpoints; every validation ends with one as well", low=1)
+    keep_last: int = _opt(2, "checkpoints kept: when the newest is damaged, the one before it is used", low=1)
     resume: bool = _opt(True, "go on from <work>/checkpoints; false: delete it and start over")
-    patience: int = _opt(0, "stop after so many epochs without a lower valid loss; 0: never", low=0)
+    eval_every: int = _opt(0, "steps between two validations; 0: one each epoch", low=0)
+    eval_users: int = _opt(10_000, "valid users of a validation, always the same sample; 0: all", low=0)
+    eval_beams: int = _opt(20, "beam width at validation, for recall@10 and ndcg@10", low=1)
+    best: str = _opt(
+        "ndcg", "the weights kept are those of the highest valid 'ndcg'@10 or lowest 'loss'", ("ndcg", "loss")
+    )
+    patience: int = _opt(0, "stop after so many validations without better ones; 0: never", low=0)
+    timeout: int = _opt(1800, "seconds that a rank waits for the others", low=1)
 
 
 @dataclass(frozen=True)
@@ -282,6 +305,11 @@ class Tracking:
 
     uri: str = _opt("sqlite:///runs/mlflow.db", "MLflow tracking URI: sqlite:///path or http(s)://server")
     experiment: str = _opt("colarec", "MLflow experiment")
+    system_every: int = _opt(
+        30,
+        "seconds between two samples of what training uses of the first machine (CPU, memory, disk, GPUs); 0: none",
+        low=0,
+    )
 
 
 @dataclass(frozen=True)

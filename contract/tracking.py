@@ -51,7 +51,8 @@ def track(config: Config, stage: str, run_id: str = "") -> Iterator[Run]:
     client, run_id = _start(config, stage, run_id)
     status = "FAILED"
     try:
-        yield Run(client, run_id)
+        with _system_metrics(config, stage, run_id):
+            yield Run(client, run_id)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -61,6 +62,23 @@ def track(config: Config, stage: str, run_id: str = "") -> Iterator[Run]:
 
         mlflow.flush_async_logging()
         client.set_terminated(run_id, status)
+
+
+@contextlib.contextmanager
+def _system_metrics(config: Config, stage: str, run_id: str) -> Iterator[None]:
+    """Samples what the training uses of this machine, in a thread of MLflow's."""
+    if stage != "train" or not config.tracking.system_every:
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor = SystemMetricsMonitor(run_id, sampling_interval=config.tracking.system_every, resume_logging=True)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
 
 
 def _start(config: Config, stage: str, run_id: str):

@@ -139,13 +139,14 @@ def score(
         progress(f"ranked by {name}" + (f": {chosen}" if chosen else ""))
     models, lead = metrics.compare(rankings, users.targets, config.eval.cutoffs, num_items, config.seed)
     trained = inputs["model"]
+    # What the model was trained with, which the settings of [train] may no longer say.
+    as_trained = dataclasses.replace(config, train=Train(**trained.manifest["training"]["train"]))
     facts["trained"] = (
         f"{trained.counts['seconds'] / 60:.0f} min on {trained.manifest['training']['world_size']} x "
         f"{trained.manifest['training']['device']}, {trained.counts['step']} steps; "
-        f"best valid loss after epoch {trained.counts['best_epoch']:g}"
+        f"best valid {'loss' if as_trained.train.best == 'loss' else 'ndcg@10'} after epoch "
+        f"{trained.counts['best_epoch']:g}"
     )
-    # What the model was trained with, which the settings of [train] may no longer say.
-    as_trained = dataclasses.replace(config, train=Train(**trained.manifest["training"]["train"]))
     protocol = table.protocol(as_trained, len(users), num_items, device, **facts)
     return table.Results(config.name, protocol, models, lead)
 

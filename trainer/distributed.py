@@ -5,6 +5,7 @@ import os
 import socket
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -13,13 +14,19 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
 from contract.config import Config
+from trainer import engine_state
+from trainer.watch import Watch
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[tuple[int, int, torch.device]]:
+def process_group(timeout: int = 1800) -> Iterator[tuple[int, int, torch.device]]:
     """Joins the ranks that the launcher started; without a launcher this process is the only one.
 
-    Yields (rank, world_size, device). NCCL where there are GPUs, gloo otherwise.
+    Yields (rank, world_size, device). NCCL where there are GPUs, gloo otherwise. A collective that one of the ranks
+    has not joined after `timeout` seconds fails.
+
+    Raises:
+        ConnectionError: another rank died or failed; the message says which and why.
     """
     deepspeed_logger.setLevel("WARNING")
     # DeepSpeed calls collectives that torch has renamed; its users can do nothing about it.
@@ -39,12 +46,17 @@ def process_group() -> Iterator[tuple[int, int, torch.device]]:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     joined_before = dist.is_initialized()  # then the group is the caller's to leave
     backend = "gloo" if accelerator.device_name() == "cpu" else "nccl"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    try:
-        yield dist.get_rank(), dist.get_world_size(), torch.device(accelerator.current_device_name())
-    finally:
-        if not joined_before:
-            dist.destroy_process_group()
+    deepspeed.init_distributed(
+        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout)
+    )
+    device = torch.device(accelerator.current_device_name())
+    group = dist.get_rank(), dist.get_world_size(), device
+    if joined_before:
+        yield group
+        return
+    with Watch(*group):
+        yield group
+    dist.destroy_process_group()
 
 
 def uses_bf16(config: Config, device: torch.device) -> bool:
@@ -87,13 +99,19 @@ def initialize(config: Config, model: torch.nn.Module, world_size: int, device: 
     )
     settings = deepspeed_config(config, world_size, uses_bf16(config, device))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if config.train.zero_stage == 0:
+        _clip_and_tell(engine, config.train.clip)
+    engine_state.create(engine, ema=config.train.ema > 0)
     return engine
 
 
-def full_weights(engine) -> dict[str, torch.Tensor]:
-    """On rank 0 the whole state dict on the CPU, gathered from the ranks under ZeRO 3; {} elsewhere."""
-    partitioned = engine.zero_optimization_stage() == 3
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=partitioned):
-        if dist.get_rank() > 0:
-            return {}
-        return {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}
+def _clip_and_tell(engine, max_norm: float) -> None:
+    """Gives stage 0 what the other stages have: the gradient norm, and no step when it is not finite."""
+
+    def clip() -> None:
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
+        engine._global_grad_norm = norm.item()
+        if not norm.isfinite():
+            engine.zero_grad()  # AdamW passes over parameters without a gradient
+
+    engine.clip_fp32_gradients = clip

@@ -38,18 +38,12 @@ def decoder_flops(config: ColaRecConfig, num_sequences: float, length: float) ->
     return config.num_decoder_layers * layer + 2 * positions * width * config.branching
 
 
-def step_flops(config: ColaRecConfig, batch: dict) -> float:
-    """FLOPs of the forward and backward pass over a batch of `loader.TrainBatches` on the CPU."""
-    lengths = batch["user"]["eos"].double() + 1
-    forward = encoder_flops(config, lengths.sum().item(), lengths.square().sum().item())
-    if config.loss_weights["rec"]:
-        forward += decoder_flops(config, len(lengths), lengths.sum().item())
-    if "item" in batch:
-        lengths = batch["item"]["eos"].double() + 1
-        forward += encoder_flops(config, lengths.sum().item(), lengths.square().sum().item())
-        if config.loss_weights["index"]:
-            read = lengths[batch["index_rows"]]
-            forward += decoder_flops(config, len(read), read.sum().item())
+def step_flops(config: ColaRecConfig, lengths: dict[str, tuple[int, int, int]]) -> float:
+    """FLOPs of the forward and backward pass over a micro-batch, whose "lengths" `loader.TrainBatches` gives."""
+    forward = sum(encoder_flops(config, *lengths[name][1:]) for name in ("user", "item") if name in lengths)
+    for name, loss in {"user": "rec", "decoded item": "index"}.items():
+        if name in lengths and config.loss_weights[loss]:
+            forward += decoder_flops(config, *lengths[name][:2])
     return 3 * forward
 
 

@@ -100,6 +100,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         groups (of user and item): [begin, end, width] of the runs of rows that are encoded together, see
         `inputs.length_groups`. Always train.length_groups of them: under ZeRO 3 every pass of every rank must be alike
         num_tokens, num_positions: encoder positions of X_u and X_i in use, and with padding
+        lengths: of X_u, of X_i and of the X_i that are decoded: {name: (rows, sum of lengths, sum of their squares)}
         shard: names, for messages
     """
 
@@ -178,6 +179,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         return to_tensors(batch) | {
             "num_tokens": int(sum(side["mask"].sum() for side in sides)),
             "num_positions": sum((end - begin) * width for side in sides for begin, end, width in side["groups"]),
+            "lengths": _lengths(batch),
         }
 
     def _log_expected(self, distinct: np.ndarray, num_targets: int, num_names: int) -> np.ndarray:
@@ -223,13 +225,21 @@ def cut(user_length: np.ndarray, item_positions: np.ndarray, budget: int) -> lis
     return cuts
 
 
+def _lengths(batch: dict) -> dict[str, tuple[int, int, int]]:
+    """What `flops.step_flops` needs to know of a micro-batch of arrays."""
+    lengths = {side: batch[side]["eos"] + 1 for side in ("user", "item") if side in batch}
+    if "item" in batch:
+        lengths["decoded item"] = lengths["item"][batch["index_rows"]]
+    return {name: (len(length), int(length.sum()), int(np.square(length).sum())) for name, length in lengths.items()}
+
+
 def filler(batch: dict) -> dict:
     """A micro-batch without weight, for ranks with fewer than others: all must make equally many passes.
 
     The others are making a pass of like size meanwhile, so a smaller one would end no sooner.
     """
     weights = {name: torch.zeros_like(batch[name]) for name in batch if name.endswith("weight")}
-    return batch | weights | {"num_tokens": 0}
+    return batch | weights | {"num_tokens": 0, "lengths": {}}
 
 
 class Stream:
@@ -309,28 +319,52 @@ def _concatenate(drawn: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in drawn]) for name in drawn[0]}
 
 
-def num_eval_batches(corpus: Artifact, split: str, batch: int, world_size: int) -> int:
-    """Batches of the rank that has most; the others fill up, so that every rank takes part in collectives."""
+def eval_sample(config: Config, corpus: Artifact, split: str) -> list[np.ndarray]:
+    """The rows (ascending) of each shard of a split that make up a sample of `train.eval_users` users, or all."""
     sizes = [shard["num_users"] for shard in corpus.manifest["shards"][split]]
+    begin = np.concatenate([[0], np.cumsum(sizes)])
+    users = np.arange(begin[-1])
+    if 0 < config.train.eval_users < len(users):
+        users = np.sort(np.random.default_rng(config.seed).choice(users, config.train.eval_users, replace=False))
+    return [
+        part - start for part, start in zip(np.split(users, np.searchsorted(users, begin[1:-1])), begin, strict=False)
+    ]
+
+
+def num_eval_batches(
+    corpus: Artifact, split: str, batch: int, world_size: int, sample: list[np.ndarray] | None = None
+) -> int:
+    """Batches of the rank that has most; the others fill up, so that every rank takes part in collectives."""
+    sizes = [len(rows) for rows in sample] if sample else [s["num_users"] for s in corpus.manifest["shards"][split]]
     return max(sum(-(-size // batch) for size in sizes[rank::world_size]) for rank in range(world_size))
 
 
 def eval_batches(
-    config: Config, catalog: Catalog, corpus: Artifact, split: str, batch: int, rank: int, world_size: int
+    config: Config,
+    catalog: Catalog,
+    corpus: Artifact,
+    split: str,
+    batch: int,
+    rank: int,
+    world_size: int,
+    sample: list[np.ndarray] | None = None,
 ) -> Iterator[dict]:
-    """All users of a valid or test split, a rank's shards of them.
+    """The users of a valid or test split, all or those of `eval_sample`; a rank's shards of them.
 
     A batch never crosses a shard, so that what is computed of a user is the same at any number of ranks; within a
     shard users are batched by length, as that pads little. Yields
 
         user: X_u of B users; user_idx (B,), 0 in batches that only fill up
-        pair_row (P,), pair_gid (P, l): the targets, as rows of user and GIDs; a user may have several
+        pair_row (P,), pair_item (P,), pair_gid (P, l): the targets, as rows of user, item_idx and GIDs; a user may
+        have several
         seen_row (S,), seen_item (S,): the whole histories as rows of user and item_idx, whatever the encoder sees
     """
     shards = shard_paths(corpus, split)
     count, last = 0, None
-    for shard in shards[rank::world_size]:
-        block = samples.read_shard(shard)
+    for number in range(rank, len(shards), world_size):
+        block = samples.read_shard(shards[number])
+        if sample:
+            block = samples.take_users(block, sample[number])
         history = samples.eval_histories(
             config, catalog, block, np.random.default_rng([config.seed, len(block.user_idx)])
         )
@@ -344,8 +378,8 @@ def eval_batches(
         history = samples.eval_histories(config, catalog, block, np.random.default_rng(0))
         last = _eval_batch(config, catalog, block, history, np.arange(1))
     filler = last | {"user_idx": torch.zeros_like(last["user_idx"])}
-    filler |= {"pair_row": last["pair_row"][:0], "pair_gid": last["pair_gid"][:0]}
-    for _ in range(count, num_eval_batches(corpus, split, batch, world_size)):
+    filler |= {name: last[name][:0] for name in ("pair_row", "pair_item", "pair_gid")}
+    for _ in range(count, num_eval_batches(corpus, split, batch, world_size, sample)):
         yield filler
 
 
@@ -357,6 +391,7 @@ def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History
         "user": inputs.user_inputs(config, catalog, History(*(array[rows] for array in vars(history).values()))),
         "user_idx": block.user_idx[rows],
         "pair_row": row[is_target],
+        "pair_item": items.values[is_target].astype(np.int64),
         "pair_gid": catalog.gids[items.values[is_target]],
         "seen_row": row[~is_target],
         "seen_item": items.values[~is_target].astype(np.int64),

@@ -5,7 +5,8 @@ CPU, two ranks:   DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \\
 GPUs, all:        deepspeed trainer/main.py --config configs/phone.toml
 One process:      python trainer/main.py --config configs/phone.toml
 
-Ctrl-C or SIGTERM saves a checkpoint; the same command goes on from it.
+Ctrl-C, SIGTERM and SIGUSR1 end the step and save a checkpoint; the same command goes on from it. The exit status is
+130 after Ctrl-C and 75 after the others, which a scheduler sends: to be queued again.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from contract import cli
 from contract.artifacts import STAGES, Artifact, open_artifact, stage_output
-from contract.cli import RANK, WORLD_SIZE, Progress
+from contract.cli import RANK, Progress
 from contract.config import Config
 from contract.tracking import track
 from trainer import distributed, pretrained
@@ -36,10 +37,10 @@ def main(argv: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         # What can be refused is refused before rank 0 joins the others, which the launcher ends while they wait.
         output = stack.enter_context(stage_output(config, "model")) if RANK == 0 else None
-        checkpoints = Checkpoints(config, {"corpus": corpus.digest, "gid": gid.digest}, WORLD_SIZE)
+        checkpoints = Checkpoints(config, {"corpus": corpus.digest, "gid": gid.digest})
         resumed = checkpoints.find()
         run = stack.enter_context(track(config, "train", run_id=resumed))
-        rank, world_size, device = stack.enter_context(distributed.process_group())
+        rank, world_size, device = stack.enter_context(distributed.process_group(config.train.timeout))
         torch.manual_seed(config.seed)
         progress = Progress("train")
         catalog = read_catalog(corpus, gid)
@@ -55,8 +56,7 @@ def main(argv: list[str]) -> None:
         dist.barrier()
         training = Training(config, corpus, catalog, engine, checkpoints, run, progress)
         if resumed:
-            training.state = checkpoints.load(engine)
-            progress(f"goes on from step {training.state['step']}")
+            training.resume()
         training.fit()
         if rank == 0:
             counts = {"num_parameters": num_parameters, **training.state, "seconds": round(training.seconds())}

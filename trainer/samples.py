@@ -106,6 +106,13 @@ def _block(shard: str | Path, tables: list[pa.Table]) -> Block:
     )
 
 
+def take_users(block: Block, rows: np.ndarray) -> Block:
+    """The users of these rows, int64 ascending."""
+    events = Ragged(np.arange(len(block.ts)), block.item_idx.offsets).take(rows).values
+    columns = (block.ts[events], block.event[events], block.is_target[events])
+    return Block(block.user_idx[rows], block.item_idx.take(rows), *columns, block.shard)
+
+
 def train_targets(config: Config, block: Block) -> np.ndarray:
     """int64 (T,): events that can be predicted from at least one other item of their user.
 

@@ -1,19 +1,30 @@
 """The training loop: steps, progress, validation, and when to stop."""
 
+import contextlib
 import math
+import resource
 import signal
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from contract.artifacts import Artifact
-from contract.cli import Progress
+from contract.cli import Preempted, Progress
 from contract.config import Config
 from contract.tracking import Run
-from trainer import distributed, loader
+from gid.tree import GidTree
+from trainer import engine_state, loader
 from trainer.checkpoint import Checkpoints
+from trainer.flops import peak_flops, step_flops
 from trainer.inputs import Catalog
+from trainer.model import ColaRec
+from trainer.pretrained import merged
+from trainer.validation import validate
+
+# Signals by urgency: of those that reached different ranks, all ranks obey the last.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Training:
@@ -36,65 +47,91 @@ class Training:
         loader.check_batch_sizes(config, len(self.shards), self.world_size)
         self.epoch_steps = loader.steps_per_epoch(config, corpus)
         self.num_steps = config.train.max_steps or config.train.epochs * self.epoch_steps
-        self.state = {"step": 0, "best_loss": math.inf, "best_epoch": -1, "stale_epochs": 0}
-        self.stop_requested = False
-        self.start = time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self.eval_every = config.train.eval_every or self.epoch_steps
+        self.tree = GidTree(catalog.gids, config.gid.branching).to(engine.device)
+        self.state = {
+            "step": 0,
+            "skipped": 0,  # steps of these that were not applied
+            "validated": -1,  # the step of the last validation
+            "best": {},  # what was measured at the best one
+            "best_epoch": -1,
+            "stale": 0,  # validations since then
+            "seconds": 0.0,
+        }
+        self._last_losses = ""  # as last reported
+        self._saved_step = 0  # of the last checkpoint; there is nothing to save of step 0
+        self._begin, self._seconds_before = time.monotonic(), 0.0
+        self._signal = 0  # index in SIGNALS + 1
+        for number in SIGNALS:
             signal.signal(number, self._request_stop)
 
-    def _request_stop(self, *_) -> None:
-        self.stop_requested = True
+    def _request_stop(self, number: int, _) -> None:
+        self._signal = max(self._signal, SIGNALS.index(number) + 1)
 
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
+    def resume(self) -> None:
+        """Goes on from the newest checkpoint that is whole (all ranks)."""
+        self.state = self.checkpoints.load(self.engine, self.progress)
+        self._saved_step, self._seconds_before = self.state["step"], self.state["seconds"]
+        self.progress(f"goes on from step {self.state['step']}")
+        whole = torch.tensor(self.rank > 0 or not self.state["best"] or self.checkpoints.best_is_whole())
+        whole = whole.int().to(self.engine.device)
+        dist.all_reduce(whole, dist.ReduceOp.MIN)
+        if not whole:
+            self.progress("the best weights so far are damaged: the next validation begins anew with the comparison")
+            self.state["best"] = {}
 
     def facts(self) -> dict[str, str]:
         """What the model card says of the training."""
         state = self.state
         return {
             "training": f"{state['step']} steps of {self.config.train.global_batch} targets, seed {self.config.seed}",
-            "valid loss": f"{state['best_loss']:.4f} after epoch {state['best_epoch']:g}, the weights that were kept",
+            **{f"valid {name}": f"{state['best'][name]:.4f}" for name in ("rec", "recall@10", "ndcg@10")},
+            "kept": f"the weights after epoch {state['best_epoch']:g}, the best by {self.config.train.best}",
         }
 
     def fit(self) -> None:
-        """Trains to the end. Raises KeyboardInterrupt, after a checkpoint, when a signal asks to stop."""
-        if self.state["step"] == 0:
-            self.validate()
-        batches = torch.utils.data.DataLoader(
-            loader.TrainBatches(
-                self.config,
-                self.catalog,
-                self.shards,
-                self.rank,
-                self.world_size,
-                range(self.state["step"], self.num_steps),
-                self.epoch_steps,
-            ),
-            batch_size=None,
-            collate_fn=loader.pack,
-            num_workers=self.config.train.workers,
-            pin_memory=self.engine.device.type == "cuda",
-        )
-        batches = iter(batches)
+        """Trains to the end.
+
+        Raises:
+            KeyboardInterrupt: a signal asked to stop and a checkpoint was saved; `Preempted` if it was the scheduler's.
+            ValueError: a loss or gradient is not finite, or a checkpoint cannot be written.
+        """
+        batches = iter(self.batches())
         window = Window()
-        while self.state["step"] < self.num_steps:
-            self._step(batches, window)
+        while True:
+            if self._validation_is_due():
+                self._validate()
+                self._save()
+                window = Window()
+            if self._is_done():
+                return
+            self.step(batches, window)
             step = self.state["step"]
             if step % self.config.train.log_every == 0 or step == self.num_steps:
                 self._report(window)
                 window = Window()
-            if step % self.epoch_steps == 0 or step == self.num_steps:
-                self.validate()
-                self.checkpoints.save(self.engine, self.state)
-                window = Window()
-                if 0 < self.config.train.patience <= self.state["stale_epochs"]:
-                    self.progress(f"no better valid loss for {self.state['stale_epochs']} epochs: done")
-                    return
-            elif step % self.config.train.save_every == 0:
-                self.checkpoints.save(self.engine, self.state)
+            if step % self.config.train.save_every == 0 and not self._validation_is_due():
+                self._save()
+            self._stop_if_asked()
 
-    def _step(self, batches, window: "Window") -> None:
-        step = self.state["step"]
+    def batches(self) -> torch.utils.data.DataLoader:
+        steps = range(self.state["step"], self.num_steps)
+        data = loader.TrainBatches(
+            self.config, self.catalog, self.shards, self.rank, self.world_size, steps, self.epoch_steps
+        )
+        pin = self.engine.device.type == "cuda"
+        return torch.utils.data.DataLoader(
+            data, batch_size=None, collate_fn=loader.pack, num_workers=self.config.train.workers, pin_memory=pin
+        )
+
+    def _is_done(self) -> bool:
+        if 0 < self.config.train.patience <= self.state["stale"]:
+            self.progress(f"no better valid {self.config.train.best} for {self.state['stale']} validations: done")
+            return True
+        return self.state["step"] >= self.num_steps
+
+    def step(self, batches: Iterator[dict], window: "Window") -> None:
+        step, seen = self.state["step"], []
         # Dropout follows from (seed, step, rank), so that a resumed run draws what the unbroken one would.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.engine.optimizer.param_groups:
@@ -107,12 +144,18 @@ class Training:
         for number, batch in enumerate(micros, 1):
             self.engine.set_gradient_accumulation_boundary(number == num_passes)
             losses = self.engine(batch)
-            self._agree(step, losses["loss"], batch["shard"])
-            self.engine.backward(losses["loss"], scale_wrt_gas=False)
-            window.add(losses)
+            self.engine.backward(_spoilt_unless_finite(losses["loss"]), scale_wrt_gas=False)
+            window.add(losses, batch, step_flops(self.engine.module.config, batch["lengths"]))
+            seen.append((losses["loss"].detach(), batch["shard"]))
         self.engine.step()
+        window.grad_norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(window.grad_norm):
+            self._skip_or_stop(step, window.grad_norm, seen)
+        elif self.config.train.ema:
+            engine_state.update_ema(self.engine, self.config.train.ema)
         window.steps += 1
         self.state["step"] = step + 1
+        self.progress.status(self._status(window))
 
     def _most(self, count: int) -> int:
         """The most passes that a rank needs for the step: all make as many, as gradients are reduced within them."""
@@ -120,77 +163,144 @@ class Training:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return int(most)
 
-    def _agree(self, step: int, loss: torch.Tensor, shard: str) -> None:
-        """All ranks stop together, before the weights change, when one of them must."""
-        bad = not math.isfinite(loss.item())
-        flags = torch.tensor([bad, self.stop_requested], dtype=torch.float32, device=loss.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    def _skip_or_stop(self, step: int, grad_norm: float, seen: list[tuple[torch.Tensor, str]]) -> None:
+        """The engine did not apply the step, as its gradient is not finite; a loss on some rank may be the reason."""
+        bad = [(loss.item(), shard) for loss, shard in seen if not loss.isfinite()]
+        culprit = torch.tensor(self.rank if bad else self.world_size, device=self.engine.device)
+        dist.all_reduce(culprit, dist.ReduceOp.MIN)
         if bad:
+            what = f"the loss is {bad[0][0]} at step {step} on rank {self.rank}, shard {bad[0][1]}"
+        elif culprit < self.world_size:
+            what = f"the loss is not finite at step {step} on rank {int(culprit)}, which names the shard"
+        else:
+            shards = ", ".join(shard for _, shard in seen)
+            what = f"the gradient norm is {grad_norm} at step {step}, on rank {self.rank} from shard {shards}"
+        self.state["skipped"] += 1
+        if self.config.train.non_finite == "stop" or self.state["skipped"] > self.config.train.max_skipped:
+            before = self.state["skipped"] - 1
             raise ValueError(
-                f"the loss is {loss.item()} at step {step} on rank {self.rank}, shard {shard}; the weights are as "
-                "before that step. A lower --train.lr or --train.clip is the usual remedy"
+                f"{what}; the weights are as before that step"
+                + (f", {before} steps were skipped before" if before else "")
+                + ". A lower --train.lr or --train.clip is the usual remedy"
             )
-        if flags[0]:
-            raise ValueError(f"another rank met a loss that is not finite at step {step}")
-        if flags[1]:
+        if self.rank == 0 or bad:
+            self.progress.everywhere(f"skipped: {what}")
+        self.run.metrics({"train/skipped": self.state["skipped"]}, step + 1)
+
+    def _stop_if_asked(self) -> None:
+        """Saves and leaves, all ranks after the same step, when a signal reached any of them."""
+        asked = torch.tensor(self._signal, device=self.engine.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if not asked:
+            return
+        number, step = SIGNALS[int(asked) - 1], self.state["step"]
+        if step != self._saved_step:
+            self._save()
+        self.progress(f"{number.name}: stopped at step {step}; the same command goes on from there")
+        raise KeyboardInterrupt if number == signal.SIGINT else Preempted
+
+    def _save(self) -> None:
+        step = self.state["step"]
+        if step:
+            self.state["seconds"] = self.seconds()
             self.checkpoints.save(self.engine, self.state)
-            self.progress(f"stopped at step {step}; the same command goes on from there")
-            raise KeyboardInterrupt
+            self._saved_step = step
+
+    def seconds(self) -> float:
+        """Of training, in this process and those that it goes on from."""
+        return self._seconds_before + time.monotonic() - self._begin
 
     def _report(self, window: "Window") -> None:
-        means, step = window.means(), self.state["step"]
-        rate = window.steps * self.config.train.global_batch / window.seconds()
-        left = (self.num_steps - step) * window.seconds() / window.steps
-        parts = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        self.progress(
-            f"step {step}/{self.num_steps}  {parts}  {rate:.0f} samples/s  {left // 60:.0f}:{left % 60:02.0f} left"
-        )
-        norm = self.engine.get_global_grad_norm()
+        means, step, seconds = window.means(), self.state["step"], window.seconds()
+        peak = peak_flops(self.engine.device)
+        losses = {name: value for name, value in means.items() if name in window.names}
+        self._last_losses = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        if not self.progress.on_terminal:
+            self.progress(self._status(window))
         self.run.metrics(
-            {f"train/{name}": value for name, value in means.items()}
-            | ({"train/grad_norm": float(norm)} if norm is not None else {})
+            {f"train/{name}": value for name, value in losses.items()}
             | {
+                "train/grad_norm": window.grad_norm,
                 "train/lr": learning_rate(self.config, step - 1, self.num_steps),
-                "train/samples_per_second": rate,
-                "train/loader_share": window.loader_seconds / window.seconds(),
+                "train/samples_per_second": window.steps * self.config.train.global_batch / seconds,
+                "train/tokens_per_second": means["tokens"] * self.world_size / seconds,
+                "train/padding_share": 1 - means["tokens"] / means["positions"],
+                "train/loader_share": means["loader_seconds"] / seconds,
+                "train/memory_gb": self._peak_memory_gb(),
+                **({"train/mfu": means["flops"] / seconds / peak} if peak else {}),
             },
             step,
         )
 
-    @torch.no_grad()
-    def validate(self) -> None:
-        """L_rec over all valid targets; keeps the weights if it is the lowest so far."""
-        self.engine.eval()
-        total = torch.zeros(1 + self.catalog.gids.shape[1], dtype=torch.float64)
-        batches = loader.eval_batches(
-            self.config, self.catalog, self.corpus, "valid", self.config.eval.batch, self.rank, self.world_size
+    def _status(self, window: "Window") -> str:
+        """Step, last reported losses, rate and time left, as a line."""
+        step, seconds = self.state["step"], window.seconds()
+        rate, left = window.steps * self.config.train.global_batch / seconds, self.num_steps - step
+        left = round(left * seconds / window.steps)
+        skipped = f"  {self.state['skipped']} skipped" if self.state["skipped"] else ""
+        return (
+            f"step {step}/{self.num_steps}  {self._last_losses}  {rate:.0f} samples/s  "
+            f"{left // 60}:{left % 60:02} left{skipped}"
         )
-        for batch in batches:
-            likelihood = self.engine(loader.to_device(batch, self.engine.device))
-            total[0] += len(likelihood)
-            total[1:] -= likelihood.double().sum(0).cpu()
-        self.engine.train()
-        total = total.to(self.engine.device)
-        dist.all_reduce(total)
-        per_level = (total[1:] / total[0]).tolist()
-        loss, step = sum(per_level) / len(per_level), self.state["step"]
-        epoch = step / self.epoch_steps
-        better = loss < self.state["best_loss"]
+
+    def _peak_memory_gb(self) -> float:
+        """The most that a rank has held at once, on its GPU or else of main memory (all ranks)."""
+        device = self.engine.device
+        on_gpu = device.type == "cuda"
+        held = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        held = torch.tensor(held, device=device)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
+        return held.item() / 1e9
+
+    def _validation_is_due(self) -> bool:
+        step = self.state["step"]
+        at_step = step % self.eval_every == 0 or step >= self.num_steps
+        return at_step and self.state["validated"] != step
+
+    def _validate(self) -> None:
+        """Measures the weights on the valid sample, and keeps them if they are the best so far (all ranks)."""
+        begin, step = time.monotonic(), self.state["step"]
+        with self._model_to_evaluate() as model:
+            device = self.engine.device
+            measured = validate(self.config, self.corpus, self.catalog, self.tree, model, device, self._stop_if_asked)
+        best, epoch = self.state["best"], round(step / self.epoch_steps, 2)
+        name, sign = ("ndcg@10", 1) if self.config.train.best == "ndcg" else ("rec", -1)
+        better = not best or sign * measured[name] > sign * best[name]
         if better:
-            self.state |= {"best_loss": loss, "best_epoch": round(epoch, 2), "stale_epochs": 0}
-            weights = distributed.full_weights(self.engine)
-            if self.rank == 0:
-                self.checkpoints.save_best(weights)
+            self.state |= {"best": measured | {"step": step}, "best_epoch": epoch, "stale": 0}
+            weights = engine_state.full_weights(self.engine, self._evaluated)
+            weights = {name: weight.cpu().clone() for name, weight in weights if self.rank == 0}
+            self.checkpoints.save_best(weights, self.engine.device)
         else:
-            self.state["stale_epochs"] += 1
-        levels, chance = ", ".join(f"{value:.3f}" for value in per_level), math.log(self.config.gid.branching)
+            self.state["stale"] += 1
+        self.state["validated"] = step
+        seconds = time.monotonic() - begin
+        levels = ", ".join(f"{value:.3f}" for name, value in measured.items() if name.startswith("rec_level"))
         self.progress(
-            f"epoch {epoch:g}: valid loss {loss:.4f} (levels {levels}; by chance {chance:.3f})"
+            f"epoch {epoch:g}: valid loss {measured['rec']:.4f} (levels {levels}; by chance "
+            f"{math.log(self.config.gid.branching):.3f}), recall@10 {measured['recall@10']:.4f}, ndcg@10 "
+            f"{measured['ndcg@10']:.4f} of {measured['num_users']:.0f} users, in {seconds:.1f} s"
             + (", the best so far" if better else "")
         )
-        self.run.metrics(
-            {"valid/rec": loss} | {f"valid/rec_level_{t + 1}": value for t, value in enumerate(per_level)}, step
-        )
+        self.run.metrics({f"valid/{name}": value for name, value in (measured | {"seconds": seconds}).items()}, step)
+
+    @property
+    def _evaluated(self) -> str:
+        """The weights that are validated and kept."""
+        return engine_state.EMA if self.config.train.ema else engine_state.WEIGHT
+
+    @contextlib.contextmanager
+    def _model_to_evaluate(self) -> Iterator[ColaRec]:
+        """The engine's model in eval mode; a copy where that one is in parts, or where averages stand in its place."""
+        model = self.engine.module
+        if self.engine.zero_optimization_stage() == 3 or self.config.train.ema:
+            weights = dict(engine_state.full_weights(self.engine, self._evaluated))
+            copy = ColaRec(model.config).to(self.engine.device, model.dtype)
+            copy.load_state_dict(merged(weights))
+            model = copy
+        model.eval()
+        yield model
+        self.engine.module.train()
 
 
 class Window:
@@ -198,25 +308,44 @@ class Window:
 
     def __init__(self):
         self.start, self.steps, self.loader_seconds = time.monotonic(), 0, 0.0
+        self.names: list[str] = []
+        self.grad_norm = math.nan  # of the last step
         self._sums: torch.Tensor | None = None
-        self._names: list[str] = []
+        self._counts = torch.zeros(3, dtype=torch.float64)  # tokens, positions, FLOPs
 
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
+    def add(self, losses: dict[str, torch.Tensor], micro: dict, flops: float) -> None:
+        """Adds the losses of a micro-batch, see `loader.TrainBatches`, and what it took."""
         values = torch.stack([loss.detach().float() for loss in losses.values()])
         self._sums = values if self._sums is None else self._sums + values
-        self._names = list(losses)
+        self.names = list(losses)
+        self._counts += torch.tensor([micro["num_tokens"], micro["num_positions"], flops])
 
     def means(self) -> dict[str, float]:
-        """Over the steps of the window and all ranks; collective."""
-        dist.all_reduce(self._sums)
-        values = (self._sums / self.steps / dist.get_world_size()).tolist()
-        return dict(zip(self._names, values, strict=True))
+        """Over the ranks: of the losses, each a mean over the steps; and of tokens, positions, FLOPs and seconds spent
+        waiting for the loader, each a sum over the window; collective."""
+        losses = self._sums.double() / self.steps
+        counts = torch.cat([self._counts, torch.tensor([self.loader_seconds])])
+        values = torch.cat([losses, counts.to(losses.device)])
+        dist.all_reduce(values)
+        names = [*self.names, "tokens", "positions", "flops", "loader_seconds"]
+        return dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
 
     def seconds(self) -> float:
         return time.monotonic() - self.start
 
 
 def learning_rate(config: Config, step: int, num_steps: int) -> float:
-    """Rises linearly over the share `train.warmup` of the steps, then falls linearly to 0."""
+    """Rises linearly over the share `train.warmup` of the steps, then goes as `train.schedule` says."""
     warmup = max(1, round(config.train.warmup * num_steps))
-    return config.train.lr * min((step + 1) / warmup, (num_steps - step) / max(1, num_steps - warmup))
+    if step < warmup:
+        share = (step + 1) / warmup
+    else:
+        left = (num_steps - step) / max(1, num_steps - warmup)
+        falling = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+        share = falling[config.train.schedule]
+    return config.train.lr * share
+
+
+def _spoilt_unless_finite(loss: torch.Tensor) -> torch.Tensor:
+    """The loss; if it is not finite, with a gradient that is not either, at which no rank's engine applies the step."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

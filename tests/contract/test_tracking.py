@@ -58,6 +58,21 @@ def test_a_run_holds_the_config_the_metrics_and_how_it_ended(settings, tmp_path)
     assert [file.path for file in kept] == ["config.toml", "note.txt"]
 
 
+def test_training_samples_the_machine(settings, tmp_path):
+    sampled = config.load(str(tmp_path / "small.toml"), {"tracking.system_every": "1"})
+    client = mlflow.MlflowClient(settings.tracking.uri)
+    with track(sampled, "train") as run:
+        for _ in range(100):
+            found = client.get_run(run.run_id).data.metrics
+            if "system/cpu_utilization_percentage" in found:
+                break
+            time.sleep(0.2)
+    assert 0 <= found["system/system_memory_usage_percentage"] <= 100
+    with track(config.load(str(tmp_path / "small.toml"), {"tracking.system_every": "1"}), "gid") as run:
+        time.sleep(2.5)
+    assert client.get_run(run.run_id).data.metrics == {}
+
+
 def test_every_metric_arrives_and_no_other_store_is_made(settings, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

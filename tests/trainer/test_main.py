@@ -1,10 +1,8 @@
 """The trainer as its users call it, on the tiny corpus."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 
 import mlflow
@@ -15,9 +13,9 @@ import torch
 from contract import cli
 from contract.config import to_toml
 from tests import tiny
+from tests.trainer import runs
 from trainer.main import main
-
-ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+from trainer.training import SIGNALS
 
 
 @pytest.fixture
@@ -30,18 +28,9 @@ def work(tmp_path):
     return tmp_path / "run.toml"
 
 
-def command(work, *overrides, ranks=1):
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        "29518",
-    ]
-    start = launcher if ranks > 1 else [sys.executable, "-u"]
-    return [*start, "trainer/main.py", "--config", str(work), *overrides]
+def start(work, *overrides, ranks=1):
+    """Starts the trainer as so many processes."""
+    return runs.start(ranks, ["trainer/main.py", "--config", str(work), *overrides])
 
 
 @pytest.fixture
@@ -50,7 +39,7 @@ def train(group, capfd, monkeypatch):
 
     def run(work, *overrides):
         monkeypatch.setattr(sys, "argv", ["main.py", "--config", str(work), *overrides])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             cli.run(main)
             code = 0
@@ -79,9 +68,7 @@ def test_resume_after_a_kill_equals_the_unbroken_run(work, train):
     assert len(losses(output)) == 22
     unbroken = weights(work)
 
-    process = subprocess.Popen(
-        command(work, "--train.save_every=4"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    [process] = start(work, "--train.save_every=4")
     for line in process.stdout:
         if "step 7/22" in line:
             process.kill()
@@ -106,53 +93,58 @@ def test_resume_after_a_kill_equals_the_unbroken_run(work, train):
     assert not (work.parent / "work" / "checkpoints").exists()
 
 
-def test_sigterm_saves_and_says_how_to_go_on(work, train):
-    process = subprocess.Popen(command(work), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def wait_for(process, text):
+    """Reads the output up to a line that holds the text."""
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if "step 3/22" in line:
-            process.send_signal(signal.SIGTERM)
-    output = "".join(lines)
-    assert process.wait() == 130, output
-    stopped = int(re.search(r"stopped at step (\d+); the same command goes on", output)[1])
+        if text in line:
+            return
+    pytest.fail(f"never said {text!r}:\n" + "".join(lines))
+
+
+def test_a_preempted_rank_saves_with_the_others_and_a_killed_one_takes_them_down(work):
+    ranks = start(work, "--train.save_every=100", "--train.epochs=200", ranks=2)
+    wait_for(ranks[0], "step 3/")
+    ranks[1].send_signal(signal.SIGUSR1)
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75, 75], outputs
+    step = re.search(r"SIGUSR1: stopped at step (\d+); the same command goes on", outputs[0])[1]
     assert not (work.parent / "work" / "model").exists()
-    code, resumed = train(work)
-    assert code == 0
-    assert f"goes on from step {stopped}" in resumed
+
+    ranks = start(work, "--train.save_every=100", "--train.epochs=200", "--train.zero_stage=3", ranks=2)
+    wait_for(ranks[0], f"goes on from step {step}")
+    wait_for(ranks[0], f"step {int(step) + 3}/")
+    ranks[1].kill()
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, -9], outputs
+    assert re.search(r"error: rank 1 on \S+ died without a word", outputs[0])
+    client = mlflow.MlflowClient(f"sqlite:///{work.parent / 'mlflow.db'}")
+    [record] = client.search_runs([client.get_experiment_by_name("colarec").experiment_id])
+    assert record.info.status == "FAILED"
 
 
-def test_two_ranks_and_accumulation_give_the_losses_of_one_rank(work, train):
-    one = losses(train(work, "--model.dropout=0")[1])
-    assert len(one) == 22
-    words = command(work, "--model.dropout=0", "--train.zero_stage=2", "--train.micro_tokens=150", ranks=2)
-    two = subprocess.run(words, env=ENV, capture_output=True, text=True, timeout=1200)
-    assert two.returncode == 0, two.stderr
-    # Accumulated and reduced in another order; 22 AdamW steps in float32.
-    assert losses(two.stdout) == pytest.approx(one, abs=2e-4)
+@pytest.mark.parametrize(("stop", "status"), [(KeyboardInterrupt, 130), (cli.Preempted, 75)])
+def test_exit_status_of_an_interruption(stop, status):
+    def stage(_):
+        raise stop
 
-
-@pytest.mark.parametrize("stage", [0, 3])
-def test_zero_stages_give_the_same_losses(work, train, stage):
-    work.write_text(work.read_text().replace("dropout = 0.1", "dropout = 0.0"))  # drawn for each pass
-    expected = losses(train(work, "--train.max_steps=6")[1])
-    assert len(expected) == 6
-    code, output = train(work, "--train.max_steps=6", f"--train.zero_stage={stage}", "--train.micro_tokens=150")
-    assert code == 0, output
-    assert losses(output) == pytest.approx(expected, abs=2e-4)
+    with pytest.raises(SystemExit) as exit:
+        cli.run(stage)
+    assert exit.value.code == status
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_shard(work, train):
     code, output = train(work, "--train.lr=1e30", "--train.clip=1e30")
     assert code == 2
-    assert re.search(r"error: the loss is (nan|inf) at step \d+ on rank 0, shard train-0", output)
+    assert re.search(r"error: the (loss|gradient norm) is (nan|inf) at step \d+,? on rank 0,.* shard train-0", output)
     assert not (work.parent / "work" / "model").exists()
 
 
 def test_a_second_run_on_the_same_folder_is_refused(work, train):
-    process = subprocess.Popen(command(work, "--train.epochs=200"), env=ENV, stdout=subprocess.PIPE, text=True)
+    [process] = start(work, "--train.epochs=200")
     try:
-        next(line for line in process.stdout if "step 1/" in line)
+        wait_for(process, "step 1/")
         code, output = train(work)
         assert code == 2
         assert f"another run is writing {work.parent / 'work' / 'model'} (pid {process.pid}" in output
@@ -170,8 +162,12 @@ def test_a_stage_before_the_one_it_needs_names_the_command(work, train, tmp_path
 
 def test_it_learns_what_follows_what(work, train):
     """After item i comes i + 1 (mostly): far below chance is reached only by reading the latest item."""
-    code, output = train(work, "--train.epochs=40", "--train.lr=1e-2", "--train.log_every=1000")
+    code, output = train(
+        work, "--train.epochs=40", "--train.lr=1e-2", "--train.log_every=1000", "--train.eval_every=110"
+    )
     assert code == 0
     valid = [float(x) for x in re.findall(r"valid loss (\d+\.\d+)", output)]
     assert valid[0] == pytest.approx(1.386, abs=0.05)
     assert min(valid) < 0.75
+    ndcg = [float(x) for x in re.findall(r"ndcg@10 (\d+\.\d+)", output)]
+    assert max(ndcg) > 3 * ndcg[0]

@@ -1,0 +1,35 @@
+"""What a stage prints while it works, on a terminal and elsewhere."""
+
+import os
+import pty
+import subprocess
+import sys
+
+SCRIPT = """
+from contract.cli import Progress
+progress = Progress("train")
+progress("begins")
+progress.status("step 1")
+progress.status("step 2 " + "x" * 500)
+progress("epoch 1")
+"""
+
+
+def test_a_terminal_has_one_line_that_is_rewritten():
+    leader, follower = pty.openpty()
+    env = os.environ | {"COLUMNS": "40"}
+    subprocess.run([sys.executable, "-c", SCRIPT], stdout=follower, env=env, check=True)
+    output = os.read(leader, 10_000)
+    os.close(leader)
+    os.close(follower)
+    lines = output.decode().split("\r\n")
+    assert len(lines) == 3  # begins; the status, in the end replaced by epoch 1; nothing
+    assert lines[0].endswith("begins")
+    shown = lines[1].split("\r\x1b[K")
+    assert [line.split("s] ")[-1][:6] for line in shown] == ["", "step 1", "step 2", "epoch "]
+    assert len(shown[2]) == 39
+
+
+def test_elsewhere_only_lines_are_printed():
+    output = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True).stdout
+    assert [line.split("] ")[1] for line in output.splitlines()] == ["begins", "epoch 1"]

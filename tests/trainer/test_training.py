@@ -1,0 +1,170 @@
+"""The loop: learning rates, validation and what is kept of it, early stopping, steps that are left out."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from contract.artifacts import open_artifact
+from gid.tree import GidTree
+from tests import tiny
+from tests.trainer import runs
+from trainer import engine_state, loader, samples
+from trainer.inputs import read_catalog
+from trainer.training import learning_rate
+from trainer.validation import validate
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, group):
+    work = tmp_path_factory.mktemp("training") / "data"
+    config = tiny.tiny_config(work)
+    tiny.write_corpus(config)
+    tiny.write_gids(config)
+    return work
+
+
+@pytest.fixture
+def work(data, tmp_path):
+    return shutil.copytree(data, tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("constant", [0.5, 1.0, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("cosine", [0.5, 1.0, *((1 + math.cos(math.pi * k / 8)) / 2 for k in range(8))]),
+    ],
+)
+def test_learning_rates(tmp_path, schedule, expected):
+    config = tiny.tiny_config(tmp_path, train__schedule=schedule, train__warmup="0.2", train__lr="1")
+    assert [learning_rate(config, step, 10) for step in range(10)] == pytest.approx(expected)
+
+
+def test_validation_equals_the_ranking_of_all_items(tmp_path, group):
+    config, corpus, catalog, net = tiny.tiny_room(tmp_path / "work", train__eval_beams="40", train__eval_users="0")
+    with torch.no_grad():
+        net.codebook_TKD.mul_(30)  # far from uniform, so that ranks do not hang on rounding
+    tree = GidTree(catalog.gids, config.gid.branching)
+    found = validate(config, corpus, catalog, tree, net, torch.device("cpu"), lambda: None)
+
+    recall, ndcg, losses = [], [], []
+    for batch in loader.eval_batches(config, catalog, corpus, "valid", 7, 0, 1):
+        rows = torch.arange(len(batch["user_idx"])).repeat_interleave(40)
+        every = batch | {"pair_row": rows, "pair_gid": torch.from_numpy(catalog.gids[1:]).repeat(len(rows) // 40, 1)}
+        with torch.no_grad():
+            per_level = -net(every).view(-1, 40, tree.length)
+        for user in range(len(per_level)):
+            target = batch["pair_item"][batch["pair_row"] == user].item()
+            losses.append(per_level[user, target - 1].mean().item())
+            cost = per_level[user].sum(-1)
+            cost[batch["seen_item"][batch["seen_row"] == user] - 1] = math.inf
+            rank = int((cost < cost[target - 1]).sum())
+            recall.append(rank < 10)
+            ndcg.append((rank < 10) / math.log2(rank + 2))
+    assert found["num_users"] == len(recall) == 60
+    assert found["rec"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found["recall@10"] == pytest.approx(np.mean(recall))
+    assert found["ndcg@10"] == pytest.approx(np.mean(ndcg))
+
+
+def test_the_sample_is_the_same_at_any_number_of_ranks(data):
+    config = tiny.tiny_config(data, train__eval_users="17")
+    corpus = open_artifact(config, "corpus")
+    catalog = read_catalog(corpus, open_artifact(config, "gid"))
+    sample = loader.eval_sample(config, corpus, "valid")
+    seen = []
+    for world_size in (1, 2, 5):
+        ranks = [
+            list(loader.eval_batches(config, catalog, corpus, "valid", 3, rank, world_size, sample))
+            for rank in range(world_size)
+        ]
+        assert len({len(batches) for batches in ranks}) == 1
+        users = np.concatenate([batch["user_idx"].numpy() for batches in ranks for batch in batches])
+        targets = sum(len(batch["pair_row"]) for batches in ranks for batch in batches)
+        seen.append((sorted(users[users > 0]), targets))
+    assert seen[0] == seen[1] == seen[2]
+    assert len(set(seen[0][0])) == seen[0][1] == 17
+    other = loader.eval_sample(tiny.tiny_config(data, train__eval_users="17", seed="2"), corpus, "valid")
+    assert not all(np.array_equal(one, two) for one, two in zip(sample, other, strict=True))
+
+
+def test_users_are_taken_with_their_events(data):
+    config = tiny.tiny_config(data)
+    block = samples.read_shard(loader.shard_paths(open_artifact(config, "corpus"), "valid")[1])
+    taken = samples.take_users(block, np.array([0, 3, 4]))
+    assert taken.user_idx.tolist() == block.user_idx[[0, 3, 4]].tolist()
+    for row, source in enumerate([0, 3, 4]):
+        part, whole = taken.row == row, block.row == source
+        assert taken.item_idx.values[part].tolist() == block.item_idx.values[whole].tolist()
+        assert taken.ts[part].tolist() == block.ts[whole].tolist()
+        assert taken.is_target[part].tolist() == block.is_target[whole].tolist()
+
+
+def test_the_best_weights_by_ndcg_are_kept_and_patience_ends_the_run(work):
+    settings = {"train.eval_every": "2", "train.patience": "3", "train.max_steps": "200", "train.schedule": "constant"}
+    record, training = runs.fit(work, settings)
+    ndcg = record["valid/ndcg@10"]
+    assert 4 < len(ndcg) < 100
+    best = int(np.argmax(ndcg))
+    assert len(ndcg) == best + 1 + 3  # validations: of the start, and after each two steps
+    assert training.state["best"]["step"] == 2 * best
+    assert training.state["best"]["ndcg@10"] == max(ndcg)
+
+    # The weights that were kept give what was measured.
+    net = training._new_model()
+    net.load_state_dict(safetensors.torch.load_file(training.checkpoints.best))
+    device = torch.device("cpu")
+    again = validate(
+        training.config, training.corpus, training.catalog, training.tree, net.eval(), device, lambda: None
+    )
+    assert again["ndcg@10"] == pytest.approx(max(ndcg))
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_averaged_weights_are_validated_kept_and_resumed(work, tmp_path, stage):
+    settings = {"train.ema": "0.8", "train.zero_stage": stage, "train.best": "loss", "train.eval_every": "5"}
+    other = shutil.copytree(work, tmp_path / "other")
+    record, training = runs.fit(work, settings)
+    assert training.state["best"]["step"] == 20  # the loss falls
+    kept = safetensors.torch.load_file(training.checkpoints.best)
+    for key, same in ((engine_state.EMA, True), (engine_state.WEIGHT, False)):
+        weights = dict(engine_state.full_weights(training.engine, key))
+        assert kept.keys() == weights.keys()
+        assert torch.equal(kept["codebook_TKD"], weights["codebook_TKD"]) == same
+    first, _ = runs.fit(other, settings, stop=7)
+    second, _ = runs.fit(other, settings, resume=True)
+    assert first["valid/rec"] + second["valid/rec"] == record["valid/rec"]
+
+
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(work, capsys):
+    settings = {"train.lr": "1e30", "train.clip": "1e30", "train.non_finite": "skip", "train.max_skipped": "3"}
+    with pytest.raises(ValueError, match=r"at step (\d+).*shard train-0.*3 steps were skipped before"):
+        runs.fit(work, settings)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "skipped: the" in line]
+    assert len(lines) == 3
+    assert all("rank 0" in line for line in lines)
+    with pytest.raises(ValueError, match=r"the weights are as before that step. A lower --train.lr"):
+        runs.fit(work, settings | {"train.non_finite": "stop"})
+
+
+def test_what_is_logged(work):
+    record, training = runs.fit(work, {"train.max_steps": "3"})
+    assert record["train/lr"] == pytest.approx([3e-3, 3e-3, 1.5e-3])
+    names = ("rec", "index", "bpr", "contrastive", "loss", "grad_norm", "memory_gb")
+    assert all(min(record[f"train/{name}"]) > 0 for name in names)
+    # Counted again from the batches: positions of the encoder that do not pad.
+    config, corpus = training.config, training.corpus
+    batches = loader.TrainBatches(
+        config, training.catalog, training.shards, 0, 1, range(3), loader.steps_per_epoch(config, corpus)
+    )
+    for batch, padding in zip(batches, record["train/padding_share"], strict=True):
+        tokens = [int(batch[name]["mask"].sum()) for name in ("user", "item")]
+        positions = [batch[name]["mask"].numel() for name in ("user", "item")]
+        assert padding == pytest.approx(1 - sum(tokens) / sum(positions))
+    assert json.dumps(training.state)  # for state.json and the manifest
