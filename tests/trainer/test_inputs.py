@@ -18,6 +18,7 @@ def catalog() -> Catalog:
         gids=np.array([[0, 0], [0, 0], [0, 1], [1, 0]]),
         group=np.array([0, 1, 1, 2]),
         siblings=Ragged(np.array([1, 2, 3]), np.array([0, 0, 2, 3])),
+        popularity=np.array([0, 0.5, 0.25, 0.25], np.float32),
         vocab_size=20,
         num_users=20,
         event_weights=np.array([1, 0.5, 2], np.float32),

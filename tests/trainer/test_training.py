@@ -15,6 +15,7 @@ from tests import tiny
 from tests.trainer import runs
 from trainer import engine_state, loader, samples
 from trainer.inputs import read_catalog
+from trainer.model import ColaRec
 from trainer.training import learning_rate
 from trainer.validation import validate
 
@@ -117,7 +118,7 @@ def test_the_best_weights_by_ndcg_are_kept_and_patience_ends_the_run(work):
     assert training.state["best"]["ndcg@10"] == max(ndcg)
 
     # The weights that were kept give what was measured.
-    net = training._new_model()
+    net = ColaRec(training.engine.module.config)
     net.load_state_dict(safetensors.torch.load_file(training.checkpoints.best))
     device = torch.device("cpu")
     again = validate(
@@ -163,8 +164,9 @@ def test_what_is_logged(work):
     batches = loader.TrainBatches(
         config, training.catalog, training.shards, 0, 1, range(3), loader.steps_per_epoch(config, corpus)
     )
-    for batch, padding in zip(batches, record["train/padding_share"], strict=True):
-        tokens = [int(batch[name]["mask"].sum()) for name in ("user", "item")]
-        positions = [batch[name]["mask"].numel() for name in ("user", "item")]
-        assert padding == pytest.approx(1 - sum(tokens) / sum(positions))
+    for (batch,), padding in zip(batches, record["train/padding_share"], strict=True):
+        sides = [batch[name] for name in ("user", "item")]
+        tokens = sum(int(side["mask"].sum()) for side in sides)
+        positions = sum((end - begin) * width for side in sides for begin, end, width in side["groups"])
+        assert padding == pytest.approx(1 - tokens / positions)
     assert json.dumps(training.state)  # for state.json and the manifest
