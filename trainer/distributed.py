@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
 from contract.config import Config
+from trainer import tables
 from trainer.loader import micro_batch
 
 
@@ -91,9 +92,11 @@ def initialize(config: Config, model: torch.nn.Module, world_size: int, device: 
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
-    """On rank 0 the whole state dict on the CPU, gathered from the ranks under ZeRO 3; {} elsewhere."""
+    """On rank 0 the whole state dict on the CPU, gathered from the ranks under ZeRO 3, and the row-wise tables as if
+    they were dense; {} elsewhere."""
+    rows = tables.whole(engine.module)
     partitioned = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=partitioned):
         if dist.get_rank() > 0:
             return {}
-        return {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}
+        return rows | {name: value.detach().cpu().clone() for name, value in engine.module.state_dict().items()}

@@ -18,7 +18,7 @@ from contract import cli
 from contract.artifacts import STAGES, open_artifact, stage_output
 from contract.cli import RANK, WORLD_SIZE, Progress
 from contract.tracking import track
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, tables
 from trainer import model as model_module
 from trainer.checkpoint import Checkpoints
 from trainer.inputs import read_catalog
@@ -41,11 +41,12 @@ def main(argv: list[str]) -> None:
         torch.manual_seed(config.seed)
         catalog = read_catalog(corpus, gid)
         sizes = model_module.sizes(config, catalog)
-        model = model_module.ColaRec(config, sizes)
-        if config.model.item_init == "cf":
+        shard = tables.Shard(rank, world_size) if config.train.table_optimizer == "rowwise" else None
+        model = model_module.ColaRec(config, sizes, shard)
+        if config.model.item_init == "cf" and config.model.item_table == "exact":
             embeddings = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
             model_module.init_items(model, torch.from_numpy(np.array(embeddings)), config.seed)
-        num_parameters = sum(p.numel() for p in model.parameters())
+        num_parameters = sum(p.numel() for p in model.parameters()) + tables.num_weights(model)
         engine = distributed.initialize(config, model, world_size, device)
         progress = Progress("train")
         progress(

@@ -21,6 +21,7 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from contract.config import Config
+from trainer import tables
 from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 
 
@@ -57,21 +58,23 @@ EMBEDDING_STD = 0.1
 class ColaRec(nn.Module):
     """The model. `forward` takes a batch of `loader.TrainBatches` and returns the losses."""
 
-    def __init__(self, config: Config, sizes: Sizes):
+    def __init__(self, config: Config, sizes: Sizes, shard: tables.Shard | None = None):
+        """With a `shard` the item and user tables are row-wise ones, for training; see `tables`."""
         super().__init__()
         self.sizes, self.loss_weights = sizes, config.loss
         width = config.model.d_model
         self.scale = width**-0.5
 
         def table(rows: int) -> nn.Embedding:
-            embedding = nn.Embedding(rows + 1, width, padding_idx=0)
-            nn.init.normal_(embedding.weight[1:], std=EMBEDDING_STD)
-            return embedding
+            return tables.exact(rows, width, EMBEDDING_STD)
+
+        def large_table(kind: str, num_ids: int, seed: int) -> nn.Module:
+            return tables.build(config, kind, num_ids, EMBEDDING_STD, shard, seed)
 
         # Content token 0 pads, so the rows of this table are the token ids themselves.
         self.token = table(sizes.num_tokens - 1)
-        self.item = table(sizes.num_items)
-        self.user = table(sizes.num_users)
+        self.item = large_table(config.model.item_table, sizes.num_items, seed=2 * config.seed)
+        self.user = large_table(config.model.user_table, sizes.num_users, seed=2 * config.seed + 1)
         self.event = table(sizes.num_events)
         self.recency = table(sizes.max_recency)
         self.gap = table(NUM_GAP_BUCKETS - 1)
@@ -166,14 +169,18 @@ class ColaRec(nn.Module):
 def init_items(model: ColaRec, item_embeddings: torch.Tensor, seed: int) -> None:
     """Starts the atomic item embeddings at the CF embeddings (I + 1, dim) under a random orthonormal map.
 
-    Inner products are kept up to a factor, so that what LightGCN knows of neighbourhoods is there at step 0.
+    Inner products are kept up to a factor, so that what LightGCN knows of neighbourhoods is there at step 0. The item
+    table must be exact: a row of a hashed one belongs to many items.
     """
     generator = torch.Generator().manual_seed(seed)
     width, dim = model.item.weight.shape[1], item_embeddings.shape[1]
     rotation, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
     mapped = item_embeddings[1:].float() @ rotation[:dim, :width]
+    mapped *= EMBEDDING_STD / mapped.std().clamp_min(1e-12)
+    if isinstance(model.item, tables.RowwiseEmbedding):
+        return model.item.set_rows(F.pad(mapped, (0, 0, 1, 0)))
     with torch.no_grad():
-        model.item.weight[1:] = mapped * (EMBEDDING_STD / mapped.std().clamp_min(1e-12))
+        model.item.weight[1:] = mapped
 
 
 def _stack(config: Config, is_decoder: bool) -> T5Stack:

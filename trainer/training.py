@@ -11,7 +11,7 @@ from contract.artifacts import Artifact
 from contract.cli import Progress
 from contract.config import Config
 from contract.tracking import Run
-from trainer import distributed, loader
+from trainer import distributed, loader, tables
 from trainer.checkpoint import Checkpoints
 from trainer.inputs import Catalog
 
@@ -88,8 +88,9 @@ class Training:
         step = self.state["step"]
         # Dropout follows from (seed, step, rank), so that a resumed run draws what the unbroken one would.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
+        lr = learning_rate(self.config, step, self.num_steps)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.num_steps)
+            group["lr"] = lr
         for _ in range(self.engine.gradient_accumulation_steps()):
             begin = time.monotonic()
             batch = loader.to_device(next(batches), self.engine.device)
@@ -99,6 +100,7 @@ class Training:
             self.engine.backward(losses["loss"])
             self.engine.step()
             window.add(losses)
+        tables.step(self.engine.module, lr, self.config.train.clip)
         window.steps += 1
         self.state["step"] = step + 1
 
