@@ -16,10 +16,10 @@ first moment (beta_1 = 0), which would be as large as the table. With the gradie
     k <- k + 1      v <- 0.999 v + 0.001 mean over D of g^2      w <- w - lr g / (sqrt(v / (1 - 0.999^k)) + 1e-8)
 
 k counts the row's own updates, not the steps of the run: else the first update of a row that is met late would be 30
-times too large. Steps are of the size of AdamW's, so that one learning rate serves both; row-wise Adagrad, with one number
-less, needs ten times that rate on the corpus of the tests. There is no weight decay, as for no embedding. Gradients are clipped apart from
-the other parameters': `train.clip` holds for the norm over the rows of all row-wise tables of all ranks, and in
-DeepSpeed for the norm over its own.
+times too large. Steps are of the size of AdamW's, so that one learning rate serves both (row-wise Adagrad, with one
+number less, needs ten times that rate on the corpus of the tests). There is no weight decay, as for no embedding.
+Gradients are clipped apart from the other parameters': `train.clip` holds for the norm over the rows of all row-wise
+tables of all ranks, and in DeepSpeed for the norm over its own.
 """
 
 import math
