@@ -8,8 +8,8 @@ law (exponent 1) and are scattered over the table, takes the gradient of a linea
 without the layers of a model. Each case runs in a process of its own, on memory that has been written to before.
 
 Memory is the growth of the process's peak RSS over its size before the table; beside it what trainer/tables.py says
-that weights, gradients and state take (AdamW on the CPU also needs a temporary copy). Time is CPU time, the median of --steps
-steps after two others. A case that needs more than --gigabytes is not run: only its formula is given.
+that weights, gradients and state take (AdamW on the CPU also needs temporary copies). Time is CPU time, the median of
+--steps steps after two others. A case that needs more than --gigabytes is not run: only its formula is given.
 
 Writes bench/results/tables.{json,md}.
 """

@@ -23,7 +23,6 @@ tables of all ranks, and in DeepSpeed for the norm over its own.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -178,7 +177,7 @@ class RowwiseEmbedding(nn.Module):
             int64 (n,), distinct places in `weight`; float32 (n, D).
         """
         given = [(rows, leaf.grad) for rows, leaf in self._handed_out if leaf.grad is not None]
-        self._handed_out.clear()
+        self.forget()
         rows = torch.cat([self.weight.new_empty(0, dtype=torch.long), *(rows for rows, _ in given)])
         gradient = torch.cat([self.weight[:0], *(gradient for _, gradient in given)])
         rows, gradient = self._add_equal(rows, gradient)
@@ -190,6 +189,10 @@ class RowwiseEmbedding(nn.Module):
             gradient /= world_size
         return rows // world_size, gradient
 
+    def forget(self) -> None:
+        """Drops the gradient of the lookups since the last step."""
+        self._handed_out.clear()
+
     def _add_equal(self, rows: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Distinct rows, ascending and without the padding, and the sums of their gradients.
 
@@ -197,8 +200,8 @@ class RowwiseEmbedding(nn.Module):
         """
         size = (self.addresses.num_rows + 1, gradient.shape[1])
         sums = torch.sparse_coo_tensor(rows[None], gradient, size, check_invariants=False).coalesce()
-        real = sums.indices()[0] > 0
-        return sums.indices()[0][real], sums.values()[real]
+        rows, num_padding = sums.indices()[0], int((sums.indices() == 0).sum())
+        return rows[num_padding:], sums.values()[num_padding:]
 
     @torch.no_grad()
     def update(self, own: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
@@ -213,38 +216,6 @@ class RowwiseEmbedding(nn.Module):
     def set_rows(self, values: torch.Tensor) -> None:
         """Starts the table at (num_rows + 1, D), given on every rank; row 0 must be zeros."""
         self.weight.copy_(values[self.shard.rank :: self.shard.world_size])
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """What this rank holds: weight float32 (n, D), second_moment float32 (n,), num_updates int32 (n,); and shard,
-        int64 (rank, world size)."""
-        shard = torch.tensor([self.shard.rank, self.shard.world_size])
-        return {name: getattr(self, name) for name in self.STATE} | {"shard": shard}
-
-    def load(self, states: Iterable[dict[str, torch.Tensor]]) -> None:
-        """Takes this rank's rows from the states of all ranks of a run, whose number may be another.
-
-        Raises:
-            ValueError: they are of another size, or do not hold all rows.
-        """
-        num_rows, (num_own, width) = self.addresses.num_rows + 1, self.weight.shape
-        found = 0
-        for state in states:
-            rank, world_size = state["shard"].tolist()
-            rows = torch.arange(rank, num_rows, world_size)
-            if state["weight"].shape != (len(rows), width):
-                raise ValueError(
-                    f"rank {rank} of {world_size} saved {tuple(state['weight'].shape)} of a table that is "
-                    f"({len(rows)}, {width}) there now; go on with the settings of [model] of that run"
-                )
-            ours = rows % self.shard.world_size == self.shard.rank
-            own = (rows[ours] // self.shard.world_size).to(self.weight.device)
-            for name in self.STATE:
-                getattr(self, name)[own] = state[name][ours].to(own.device)
-            found += len(own)
-        if found != num_own:
-            raise ValueError(
-                f"{found} of the {num_own} rows of rank {self.shard.rank} were saved; give all ranks' files"
-            )
 
     def whole(self) -> torch.Tensor | None:
         """On rank 0 the table, float32 (num_rows + 1, D) on the CPU; None elsewhere. Collective, in pieces.
@@ -300,24 +271,32 @@ def rowwise(model: nn.Module) -> dict[str, RowwiseEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RowwiseEmbedding)}
 
 
-def step(model: nn.Module, lr: float, clip: float) -> torch.Tensor | None:
+def step(model: nn.Module, lr: float, clip: float, apply: bool = True) -> torch.Tensor | None:
     """Updates the rows that were looked up since the last step, after the backward passes of all micro-batches of
     the step; collective.
 
+    Args:
+        apply: False, on all ranks: leave the rows alone and forget their gradient, as the engine skipped the step.
+
     Returns:
-        The norm of their gradient before it was clipped, over all tables and ranks; None without row-wise tables.
+        The norm of their gradient before it was clipped, over all tables and ranks; where it is not finite the rows
+        are as before. None without row-wise tables or when nothing was to be applied.
     """
     tables = list(rowwise(model).values())
-    if not tables:
+    if not apply:
+        for table in tables:
+            table.forget()
+    if not apply or not tables:
         return None
     gradients = [table.take_gradient() for table in tables]
     norm = torch.stack([gradient.square().sum() for _, gradient in gradients]).sum()
     if tables[0].shard.world_size > 1:
         dist.all_reduce(norm)
     norm = norm.sqrt()
-    scale = (clip / (norm + 1e-6)).clamp_max(1)
-    for table, (own, gradient) in zip(tables, gradients, strict=True):
-        table.update(own, gradient * scale, lr)
+    if norm.isfinite():
+        scale = (clip / (norm + 1e-6)).clamp_max(1)
+        for table, (own, gradient) in zip(tables, gradients, strict=True):
+            table.update(own, gradient * scale, lr)
     return norm
 
 
@@ -333,13 +312,9 @@ def whole(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What this rank holds of the row-wise tables, for a checkpoint; no copies."""
-    return {f"{name}.{key}": value for name, table in rowwise(model).items() for key, value in table.state().items()}
+    """What this rank holds of the row-wise tables, for a checkpoint; no copies, so that filling them restores it.
 
-
-def load_state(model: nn.Module, states: Iterable[dict[str, torch.Tensor]]) -> None:
-    """Restores the row-wise tables from the `state` of every rank of a run, see `RowwiseEmbedding.load`."""
-    states = list(states)
-    for name, table in rowwise(model).items():
-        prefix = f"{name}."
-        table.load({k.removeprefix(prefix): v for k, v in s.items() if k.startswith(prefix)} for s in states)
+    Of each table NAME: NAME.weight float32 (n, D), NAME.second_moment float32 (n,) and NAME.num_updates int32 (n,);
+    place j is row rank + j * world_size.
+    """
+    return {f"{name}.{key}": getattr(table, key) for name, table in rowwise(model).items() for key in table.STATE}
