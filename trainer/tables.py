@@ -227,8 +227,9 @@ class RowwiseEmbedding(nn.Module):
             return self.weight.cpu().clone()
         num_rows, width = self.addresses.num_rows + 1, self.weight.shape[1]
         table = torch.empty(num_rows, width) if rank == 0 else None
-        step = max(1, _SENT // width)
-        for begin in range(0, -(-num_rows // world_size), step):
+        most = -(-num_rows // world_size)  # rows of a rank
+        step = min(most, max(1, _SENT // width))
+        for begin in range(0, most, step):
             piece = F.pad(self.weight[begin : begin + step], (0, 0, 0, max(0, begin + step - len(self.weight))))
             pieces = [torch.empty_like(piece) for _ in range(world_size)] if rank == 0 else None
             dist.gather(piece, pieces)
@@ -301,8 +302,8 @@ def step(model: nn.Module, lr: float, clip: float, apply: bool = True) -> torch.
 
 
 def num_weights(model: nn.Module) -> int:
-    """Values in the row-wise tables, over all ranks, without the padding rows."""
-    return sum(table.addresses.num_rows * table.weight.shape[1] for table in rowwise(model).values())
+    """Values in the row-wise tables, over all ranks."""
+    return sum((table.addresses.num_rows + 1) * table.weight.shape[1] for table in rowwise(model).values())
 
 
 def whole(model: nn.Module) -> dict[str, torch.Tensor]:
