@@ -252,7 +252,7 @@ def two_steps(shard: Shard) -> tuple[torch.Tensor, torch.Tensor]:
         ids, slope = torch.randint(0, 100, (8, 5), generator=rng), torch.randn(8, 5, 4, generator=rng)
         ids[4:] %= 3  # the second rank has few rows, and none of some owners
         rows = slice(shard.rank, None, shard.world_size) if shard.world_size == 1 else slice(*HALVES[shard.rank])
-        (table(ids[rows]) * slope[rows]).sum((1, 2)).mean().backward()
+        (table(ids[rows]) + slope[rows]).square().sum((1, 2)).mean().backward()  # its gradient tells what was looked up
         norms.append(tables.step(nn.ModuleDict({"item": table}), 0.1, clip=0.5))
     return table.whole(), torch.stack(norms)
 
@@ -364,4 +364,4 @@ def compare(found: tuple[dict, dict], counts: dict, weights: dict) -> None:
     assert found[0]["best_loss"] == pytest.approx(counts["best_loss"], abs=2e-4)
     assert found[1].keys() == weights.keys()
     for name, weight in weights.items():
-        assert torch.allclose(found[1][name], weight, atol=2e-3), name
+        assert torch.allclose(found[1][name], weight, atol=1e-4), name
