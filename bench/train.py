@@ -45,13 +45,14 @@ def measure_ours(config: Config, num_steps: int) -> dict:
     from trainer.checkpoint import Checkpoints
     from trainer.inputs import read_catalog
     from trainer.main import build_model
+    from trainer.tables import Shard
     from trainer.training import Training, Window
 
     corpus, gid = open_artifact(config, "corpus"), open_artifact(config, "gid")
     catalog, progress = read_catalog(corpus, gid), Progress("bench")
     with distributed.process_group() as (_, world_size, device):
         torch.manual_seed(config.seed)
-        model = build_model(config, catalog, gid, progress)
+        model = build_model(config, catalog, gid, Shard(0, world_size), progress)
         engine = distributed.initialize(config, model, world_size, device)
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(config_module.load("", {"work": folder}), {}, world_size)

@@ -196,11 +196,23 @@ class Model:
     tie_codebooks: bool = _opt(True, "heads are the levels' input codebooks (the paper's equation) or apart (its code)")
     item_init: str = _opt(
         "cf",
-        "start of the atomic item embeddings: 'cf': the CF embeddings under a random rotation; 'random'",
+        "start of the atomic item embeddings: 'cf': the CF embeddings under a random rotation; 'random', as hashed "
+        "ones always do",
         ("cf", "random"),
     )
     init: str = _opt("", "T5 checkpoint that the layers start from: a folder or a name on the hub; empty: at random")
     lora_rank: int = _opt(0, "rank of the adapters (LoRA) that are trained in place of the T5 layers; 0: none", low=0)
+    item_table: str = _opt(
+        "exact",
+        "atomic item embeddings: 'exact': a row per item; 'hash': the sum of model.hash_functions rows of a table of "
+        "model.hash_rows",
+        ("exact", "hash"),
+    )
+    user_table: str = _opt(
+        "exact", "the same for the users in the slots of X_i; history.user_slots = 0: no table", ("exact", "hash")
+    )
+    hash_functions: int = _opt(2, "rows that a hashed embedding is the sum of", low=1, high=16)
+    hash_rows: int = _opt(1_000_000, "rows of a hashed table", low=1)
 
 
 @dataclass(frozen=True)
@@ -257,6 +269,12 @@ class Train:
         ("stop", "skip"),
     )
     max_skipped: int = _opt(10, "stop after so many skipped steps all the same", low=0)
+    table_optimizer: str = _opt(
+        "dense",
+        "of the item and user tables: 'dense': AdamW, as of the rest; 'rowwise': row-wise Adam, which touches only "
+        "the rows of a batch and shards them over the ranks",
+        ("dense", "rowwise"),
+    )
     zero_stage: int = _opt(1, "DeepSpeed ZeRO stage", (0, 1, 2, 3))
     precision: str = _opt("auto", "'auto': bf16 on GPUs that have it, else fp32", ("auto", "fp32", "bf16"))
     recompute: bool = _opt(

@@ -20,7 +20,7 @@ from contract.artifacts import STAGES, Artifact, open_artifact, stage_output
 from contract.cli import RANK, Progress
 from contract.config import Config
 from contract.tracking import track
-from trainer import distributed, pretrained
+from trainer import distributed, pretrained, tables
 from trainer.checkpoint import Checkpoints
 from trainer.export import model_card, write_model
 from trainer.inputs import Catalog, read_catalog
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
         torch.manual_seed(config.seed)
         progress = Progress("train")
         catalog = read_catalog(corpus, gid)
-        model = build_model(config, catalog, gid, progress)
-        num_parameters = sum(p.numel() for p in model.parameters())
+        model = build_model(config, catalog, gid, tables.Shard(rank, world_size), progress)
+        num_parameters = sum(p.numel() for p in model.parameters()) + tables.num_weights(model)
         engine = distributed.initialize(config, model, world_size, device)
         progress(
             f"{num_parameters / 1e6:.2f} M parameters on {world_size} x {device.type}, ZeRO {config.train.zero_stage}, "
@@ -69,10 +69,11 @@ def main(argv: list[str]) -> None:
             progress(f"wrote {config.work_dir / 'model'}")
 
 
-def build_model(config: Config, catalog: Catalog, gid: Artifact, progress: Progress) -> ColaRec:
+def build_model(config: Config, catalog: Catalog, gid: Artifact, shard: tables.Shard, progress: Progress) -> ColaRec:
     """The model as its first step finds it."""
-    model = ColaRec(model_config(config, catalog))
-    if config.model.item_init == "cf":
+    shard = shard if config.train.table_optimizer == "rowwise" else None
+    model = ColaRec(model_config(config, catalog), shard, config.seed)
+    if config.model.item_init == "cf" and config.model.item_table == "exact":
         embeddings = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
         init_items(model, torch.from_numpy(np.array(embeddings)), config.seed)
     if config.model.init:

@@ -24,6 +24,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 from contract import config as config_module
 from contract.config import Config
+from trainer import tables
 from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 
 # Embeddings are added up and read through RMS norms, so only their ratio to what the layers add matters. This one
@@ -60,6 +61,10 @@ class ColaRecConfig(PreTrainedConfig):
         num_decoder_layers: int = 2,
         dropout: float = 0.1,
         tie_codebooks: bool = True,
+        item_table: str = "exact",
+        user_table: str = "exact",
+        hash_functions: int = 2,
+        hash_rows: int = 1,
         loss_weights: dict[str, float] | None = None,
         experiment: dict | None = None,
         **kwargs,
@@ -69,6 +74,8 @@ class ColaRecConfig(PreTrainedConfig):
         self.d_model, self.d_ff, self.d_kv, self.num_heads = d_model, d_ff, d_kv, num_heads
         self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
         self.dropout, self.tie_codebooks = dropout, tie_codebooks
+        self.item_table, self.user_table = item_table, user_table
+        self.hash_functions, self.hash_rows = hash_functions, hash_rows
         self.loss_weights = dict.fromkeys(LOSSES, 0.0) | (loss_weights or {})
         self.experiment = experiment or {}
         super().__init__(**kwargs)
@@ -93,6 +100,10 @@ def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
         num_decoder_layers=model.num_decoder_layers,
         dropout=model.dropout,
         tie_codebooks=model.tie_codebooks,
+        item_table=model.item_table,
+        user_table=model.user_table,
+        hash_functions=model.hash_functions,
+        hash_rows=model.hash_rows,
         loss_weights=vars(config.loss),
         experiment=config_module.section(config, "history", "model", "loss"),
     )
@@ -106,14 +117,15 @@ class ColaRec(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def __init__(self, config: ColaRecConfig):
+    def __init__(self, config: ColaRecConfig, shard: tables.Shard | None = None, seed: int = 0):
+        """With a `shard` the item and user tables are row-wise ones, for training, which start from `seed`."""
         super().__init__(config)
         self.scale = config.d_model**-0.5
         codes = (config.gid_length, config.branching, config.d_model)
         # Content token 0 pads, so the rows of this table are the token ids themselves.
         self.token = _table(config, config.num_tokens - 1)
-        self.item = _table(config, config.num_items)
-        self.user = _table(config, config.num_users)
+        self.item = tables.build(config, config.item_table, config.num_items, EMBEDDING_STD, shard, 2 * seed)
+        self.user = tables.build(config, config.user_table, config.num_users, EMBEDDING_STD, shard, 2 * seed + 1)
         self.event = _table(config, config.num_events)
         self.recency = _table(config, config.max_recency)
         self.gap = _table(config, NUM_GAP_BUCKETS - 1)
@@ -128,7 +140,8 @@ class ColaRec(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """T5's layers have their own initialisation, which transformers calls."""
         if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=EMBEDDING_STD)
+            rows = module.addresses.num_functions if isinstance(module, tables.HashEmbedding) else 1
+            nn.init.normal_(module.weight, std=EMBEDDING_STD / rows**0.5)
             module.weight[0] = 0
         elif module is self:
             nn.init.normal_(self.codebook_TKD, std=EMBEDDING_STD)
@@ -237,14 +250,18 @@ class ColaRec(PreTrainedModel):
 def init_items(model: ColaRec, item_embeddings: torch.Tensor, seed: int) -> None:
     """Starts the atomic item embeddings at the CF embeddings (I + 1, dim) under a random orthonormal map.
 
-    Inner products are kept up to a factor, so that what LightGCN knows of neighbourhoods is there at step 0.
+    Inner products are kept up to a factor, so that what LightGCN knows of neighbourhoods is there at step 0. The item
+    table must be exact: a row of a hashed one belongs to many items.
     """
     generator = torch.Generator().manual_seed(seed)
     width, dim = model.item.weight.shape[1], item_embeddings.shape[1]
     rotation, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
     mapped = item_embeddings[1:].float() @ rotation[:dim, :width]
+    mapped *= EMBEDDING_STD / mapped.std().clamp_min(1e-12)
+    if isinstance(model.item, tables.RowwiseEmbedding):
+        return model.item.set_rows(F.pad(mapped, (0, 0, 1, 0)))
     with torch.no_grad():
-        model.item.weight[1:] = mapped * (EMBEDDING_STD / mapped.std().clamp_min(1e-12))
+        model.item.weight[1:] = mapped
 
 
 def _table(config: ColaRecConfig, rows: int) -> nn.Embedding:

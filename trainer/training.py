@@ -15,7 +15,7 @@ from contract.cli import Preempted, Progress
 from contract.config import Config
 from contract.tracking import Run
 from gid.tree import GidTree
-from trainer import engine_state, loader
+from trainer import engine_state, loader, tables
 from trainer.checkpoint import Checkpoints
 from trainer.flops import peak_flops, step_flops
 from trainer.inputs import Catalog
@@ -70,7 +70,7 @@ class Training:
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint that is whole (all ranks)."""
-        self.state = self.checkpoints.load(self.engine, self.progress)
+        self.state = self.checkpoints.load(self.engine, self.progress, tables.state(self.engine.module))
         self._saved_step, self._seconds_before = self.state["step"], self.state["seconds"]
         self.progress(f"goes on from step {self.state['step']}")
         whole = torch.tensor(self.rank > 0 or not self.state["best"] or self.checkpoints.best_is_whole())
@@ -134,8 +134,9 @@ class Training:
         step, seen = self.state["step"], []
         # Dropout follows from (seed, step, rank), so that a resumed run draws what the unbroken one would.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
+        lr = learning_rate(self.config, step, self.num_steps)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.num_steps)
+            group["lr"] = lr
         begin = time.monotonic()
         micros = loader.unpack(next(batches), self.engine.device)
         window.loader_seconds += time.monotonic() - begin
@@ -149,7 +150,9 @@ class Training:
             seen.append((losses["loss"].detach(), batch["shard"]))
         self.engine.step()
         window.grad_norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(window.grad_norm):
+        applied = math.isfinite(window.grad_norm)
+        tables.step(self.engine.module, lr, self.config.train.clip, apply=applied)
+        if not applied:
             self._skip_or_stop(step, window.grad_norm, seen)
         elif self.config.train.ema:
             engine_state.update_ema(self.engine, self.config.train.ema)
@@ -203,7 +206,7 @@ class Training:
         step = self.state["step"]
         if step:
             self.state["seconds"] = self.seconds()
-            self.checkpoints.save(self.engine, self.state)
+            self.checkpoints.save(self.engine, self.state, tables.state(self.engine.module))
             self._saved_step = step
 
     def seconds(self) -> float:
@@ -270,6 +273,7 @@ class Training:
             self.state |= {"best": measured | {"step": step}, "best_epoch": epoch, "stale": 0}
             weights = engine_state.full_weights(self.engine, self._evaluated)
             weights = {name: weight.cpu().clone() for name, weight in weights if self.rank == 0}
+            weights |= tables.whole(self.engine.module)
             self.checkpoints.save_best(weights, self.engine.device)
         else:
             self.state["stale"] += 1
@@ -295,8 +299,11 @@ class Training:
         model = self.engine.module
         if self.engine.zero_optimization_stage() == 3 or self.config.train.ema:
             weights = dict(engine_state.full_weights(self.engine, self._evaluated))
-            copy = ColaRec(model.config).to(self.engine.device, model.dtype)
-            copy.load_state_dict(merged(weights))
+            with torch.device("meta"):
+                copy = ColaRec(model.config)
+            for name, table in tables.rowwise(model).items():
+                copy.set_submodule(name, table)
+            copy.load_state_dict(merged(weights), assign=True)
             model = copy
         model.eval()
         yield model
