@@ -56,7 +56,7 @@ def make_table(addresses: Addresses, width: int, optimizer: str) -> nn.Module:
             getattr(table, name).fill_(0)  # fresh zeros take no memory until they are written
         return table
     if addresses.num_functions:
-        table = HashEmbedding(addresses, width, 0.0)
+        table = HashEmbedding(addresses, width)
     else:
         table = nn.utils.skip_init(nn.Embedding, addresses.num_rows + 1, width, padding_idx=0)
     nn.init.zeros_(table.weight)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from contract.config import to_toml
 from eval.main import main as evaluate
 from tests import tiny
+from tests.trainer import runs
 from trainer import tables
 from trainer.main import main as train
 from trainer.model import ColaRec, ColaRecConfig, init_items
@@ -124,7 +126,7 @@ def test_it_follows_the_formula():
 def test_the_gradient_is_that_of_a_dense_table():
     """Also where an id, or a row of several ids, occurs more than once."""
     table = one_table(num_rows=12, functions=2)
-    dense = tables.HashEmbedding(table.addresses, 4, 0.1)
+    dense = tables.HashEmbedding(table.addresses, 4)
     with torch.no_grad():
         dense.weight.copy_(table.whole())
     for ids in (torch.randint(0, 40, (5, 6)), torch.randint(0, 40, (2, 3))):
@@ -353,3 +355,12 @@ def compare(found: tuple[dict, dict], counts: dict, weights: dict) -> None:
     assert found[1].keys() == weights.keys()
     for name, weight in weights.items():
         assert torch.allclose(found[1][name], weight, atol=1e-4), name
+
+
+def test_a_resumed_run_goes_on_with_its_rows(work, tmp_path):
+    settings = {"train.table_optimizer": "rowwise", "model.item_table": "hash", "model.hash_rows": "64"}
+    whole = runs.fit(shutil.copytree(work.parent / "work", tmp_path / "whole"), settings)[0]["train/loss"]
+    first = runs.fit(work.parent / "work", settings, stop=8)[0]["train/loss"]
+    second = runs.fit(work.parent / "work", settings, resume=True)[0]["train/loss"]
+    assert len(whole) == 20
+    assert first + second == whole
