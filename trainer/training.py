@@ -92,19 +92,19 @@ class Training:
             ValueError: a loss or gradient is not finite, or a checkpoint cannot be written.
         """
         batches = iter(self._batches())
-        window = Window()
+        window = Window(self.engine.device)
         while True:
             if self._validation_is_due():
                 self._validate()
                 self._save()
-                window = Window()
+                window = Window(self.engine.device)
             if self._is_done():
                 return
             self._step(batches, window)
             step = self.state["step"]
             if step % self.config.train.log_every == 0 or step == self.num_steps:
                 self._report(window)
-                window = Window()
+                window = Window(self.engine.device)
             if step % self.config.train.save_every == 0 and not self._validation_is_due():
                 self._save()
             self._stop_if_asked()
@@ -124,7 +124,7 @@ class Training:
         return self.state["step"] >= self.num_steps
 
     def _step(self, batches: Iterator[dict], window: "Window") -> None:
-        step, seen = self.state["step"], []
+        step, seen = self.state["step"], []  # (losses, shard) of each micro-batch
         # Dropout follows from (seed, step, rank), so that a resumed run draws what the unbroken one would.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.engine.optimizer.param_groups:
@@ -138,14 +138,16 @@ class Training:
             losses = self.engine(batch)
             self.engine.backward(_spoilt_unless_finite(losses["loss"]))
             self.engine.step()
-            window.add(losses)
-            seen.append((losses["loss"].detach(), batch["shard"]))
-        window.grad_norm = float(self.engine.get_global_grad_norm())
-        if not math.isfinite(window.grad_norm):
-            self._skip_or_stop(step, window.grad_norm, seen)
-        elif self.config.train.ema:
-            engine_state.update_ema(self.engine, self.config.train.ema)
+            seen.append(({name: loss.detach() for name, loss in losses.items()}, batch["shard"]))
         window.steps += 1
+        window.grad_norm = float(self.engine.get_global_grad_norm())
+        if math.isfinite(window.grad_norm):
+            for losses, _ in seen:
+                window.add(losses)
+            if self.config.train.ema:
+                engine_state.update_ema(self.engine, self.config.train.ema)
+        else:
+            self._skip_or_stop(step, window.grad_norm, [(losses["loss"], shard) for losses, shard in seen])
         self.state["step"] = step + 1
         self.progress.status(self._status(window))
 
@@ -258,15 +260,17 @@ class Training:
         else:
             self.state["stale"] += 1
         self.state["validated"] = step
-        seconds = time.monotonic() - begin
+        measured |= {"seconds": time.monotonic() - begin}
+        self.progress(f"epoch {epoch:g}: {self._describe(measured)}" + (", the best so far" if better else ""))
+        self.run.metrics({f"valid/{name}": value for name, value in measured.items()}, step)
+
+    def _describe(self, measured: dict[str, float]) -> str:
         levels = ", ".join(f"{value:.3f}" for name, value in measured.items() if name.startswith("rec_level"))
-        self.progress(
-            f"epoch {epoch:g}: valid loss {measured['rec']:.4f} (levels {levels}; by chance "
-            f"{math.log(self.config.gid.branching):.3f}), recall@10 {measured['recall@10']:.4f}, ndcg@10 "
-            f"{measured['ndcg@10']:.4f} of {measured['num_users']:.0f} users, in {seconds:.1f} s"
-            + (", the best so far" if better else "")
+        return (
+            f"valid loss {measured['rec']:.4f} (levels {levels}; by chance {math.log(self.config.gid.branching):.3f}), "
+            f"recall@10 {measured['recall@10']:.4f}, ndcg@10 {measured['ndcg@10']:.4f} of {measured['num_users']:.0f} "
+            f"users, in {measured['seconds']:.1f} s"
         )
-        self.run.metrics({f"valid/{name}": value for name, value in (measured | {"seconds": seconds}).items()}, step)
 
     @property
     def _evaluated(self) -> str:
@@ -291,16 +295,16 @@ class Training:
 class Window:
     """Sums between two lines of progress."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.start, self.steps, self.loader_seconds = time.monotonic(), 0, 0.0
-        self.names: list[str] = []
+        self.names: list[str] = []  # of the losses; none before a step was applied
         self.grad_norm = math.nan  # of the last step
-        self._sums: torch.Tensor | None = None
+        self._sums = torch.zeros(0, device=device)
         self._count = self._tokens = self._positions = 0
 
     def add(self, losses: dict[str, torch.Tensor]) -> None:
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        self._sums = values if self._sums is None else self._sums + values
+        values = torch.stack([loss.float() for loss in losses.values()])
+        self._sums = self._sums + values if self.names else values
         self.names, self._count = list(losses), self._count + 1
 
     def count(self, batch: dict) -> None:
@@ -310,9 +314,10 @@ class Window:
             self._tokens += int(mask.sum())
 
     def means(self) -> dict[str, float]:
-        """Over the ranks: of the losses, each a mean over the window; tokens, positions, loader_seconds; collective."""
+        """Means over the ranks: of the losses, which are means over the window; of tokens, positions and
+        loader_seconds, which are sums over it (all ranks)."""
         counts = torch.tensor([self._tokens, self._positions, self.loader_seconds], dtype=torch.float64)
-        values = torch.cat([self._sums.double() / self._count, counts.to(self._sums.device)])
+        values = torch.cat([self._sums.double() / max(1, self._count), counts.to(self._sums.device)])
         dist.all_reduce(values)
         names = [*self.names, "tokens", "positions", "loader_seconds"]
         return dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))
