@@ -58,8 +58,8 @@ def measure_ours(config: Config, num_steps: int) -> dict:
             checkpoints = Checkpoints(config_module.load("", {"work": folder}), {}, world_size)
             training = Training(config, corpus, catalog, engine, checkpoints, Run(), progress)
         batches = iter(training.batches())
-        training.step(batches, Window())
-        window, cpu = Window(), time.process_time()
+        training.step(batches, Window(device))
+        window, cpu = Window(device), time.process_time()
         _synchronize(device)
         window.start = time.monotonic()
         for _ in range(num_steps):

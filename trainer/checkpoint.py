@@ -58,11 +58,14 @@ class Checkpoints:
         """The MLflow run id of the run to go on with, '' when there is none. Writes nothing.
 
         Raises:
-            ValueError: the run that is there has other settings.
+            ValueError: the run that is there has other settings, or run.json is damaged.
         """
         if not self._resume or not (self.path / RUN).is_file() or not self._folders():
             return ""
-        run = json.loads((self.path / RUN).read_text())
+        try:
+            run = json.loads((self.path / RUN).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path / RUN} is damaged ({error}); start over with --train.resume=false") from None
         for key, value in self._settings.items():
             if run["settings"].get(key) != value:
                 raise ValueError(

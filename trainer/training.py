@@ -97,19 +97,19 @@ class Training:
             ValueError: a loss or gradient is not finite, or a checkpoint cannot be written.
         """
         batches = iter(self.batches())
-        window = Window()
+        window = Window(self.engine.device)
         while True:
             if self._validation_is_due():
                 self._validate()
                 self._save()
-                window = Window()
+                window = Window(self.engine.device)
             if self._is_done():
                 return
             self.step(batches, window)
             step = self.state["step"]
             if step % self.config.train.log_every == 0 or step == self.num_steps:
                 self._report(window)
-                window = Window()
+                window = Window(self.engine.device)
             if step % self.config.train.save_every == 0 and not self._validation_is_due():
                 self._save()
             self._stop_if_asked()
@@ -130,8 +130,8 @@ class Training:
             return True
         return self.state["step"] >= self.num_steps
 
-    def step(self, batches: Iterator[dict], window: "Window") -> None:
-        step, seen = self.state["step"], []
+    def step(self, batches: Iterator[loader.Packed], window: "Window") -> None:
+        step, seen = self.state["step"], []  # (losses, shard) of each micro-batch
         # Dropout follows from (seed, step, rank), so that a resumed run draws what the unbroken one would.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
         lr = learning_rate(self.config, step, self.num_steps)
@@ -146,17 +146,19 @@ class Training:
             self.engine.set_gradient_accumulation_boundary(number == num_passes)
             losses = self.engine(batch)
             self.engine.backward(_spoilt_unless_finite(losses["loss"]), scale_wrt_gas=False)
-            window.add(losses, batch, step_flops(self.engine.module.config, batch["lengths"]))
-            seen.append((losses["loss"].detach(), batch["shard"]))
+            window.count(batch, step_flops(self.engine.module.config, batch["lengths"]))
+            seen.append(({name: loss.detach() for name, loss in losses.items()}, batch["shard"]))
         self.engine.step()
+        window.steps += 1
         window.grad_norm = float(self.engine.get_global_grad_norm())
         applied = math.isfinite(window.grad_norm)
         tables.step(self.engine.module, lr, self.config.train.clip, apply=applied)
-        if not applied:
-            self._skip_or_stop(step, window.grad_norm, seen)
-        elif self.config.train.ema:
-            engine_state.update_ema(self.engine, self.config.train.ema)
-        window.steps += 1
+        if applied:
+            window.add([losses for losses, _ in seen])
+            if self.config.train.ema:
+                engine_state.update_ema(self.engine, self.config.train.ema)
+        else:
+            self._skip_or_stop(step, window.grad_norm, [(losses["loss"], shard) for losses, shard in seen])
         self.state["step"] = step + 1
         self.progress.status(self._status(window))
 
@@ -278,15 +280,17 @@ class Training:
         else:
             self.state["stale"] += 1
         self.state["validated"] = step
-        seconds = time.monotonic() - begin
+        measured |= {"seconds": time.monotonic() - begin}
+        self.progress(f"epoch {epoch:g}: {self._describe(measured)}" + (", the best so far" if better else ""))
+        self.run.metrics({f"valid/{name}": value for name, value in measured.items()}, step)
+
+    def _describe(self, measured: dict[str, float]) -> str:
         levels = ", ".join(f"{value:.3f}" for name, value in measured.items() if name.startswith("rec_level"))
-        self.progress(
-            f"epoch {epoch:g}: valid loss {measured['rec']:.4f} (levels {levels}; by chance "
-            f"{math.log(self.config.gid.branching):.3f}), recall@10 {measured['recall@10']:.4f}, ndcg@10 "
-            f"{measured['ndcg@10']:.4f} of {measured['num_users']:.0f} users, in {seconds:.1f} s"
-            + (", the best so far" if better else "")
+        return (
+            f"valid loss {measured['rec']:.4f} (levels {levels}; by chance {math.log(self.config.gid.branching):.3f}), "
+            f"recall@10 {measured['recall@10']:.4f}, ndcg@10 {measured['ndcg@10']:.4f} of {measured['num_users']:.0f} "
+            f"users, in {measured['seconds']:.1f} s"
         )
-        self.run.metrics({f"valid/{name}": value for name, value in (measured | {"seconds": seconds}).items()}, step)
 
     @property
     def _evaluated(self) -> str:
@@ -313,26 +317,29 @@ class Training:
 class Window:
     """Sums between two lines of progress; the losses of a step are the sums of those of its micro-batches."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.start, self.steps, self.loader_seconds = time.monotonic(), 0, 0.0
-        self.names: list[str] = []
+        self.names: list[str] = []  # of the losses; none before a step was applied
         self.grad_norm = math.nan  # of the last step
-        self._sums: torch.Tensor | None = None
+        self._sums = torch.zeros(0, device=device)
+        self._applied = 0  # steps
         self._counts = torch.zeros(3, dtype=torch.float64)  # tokens, positions, FLOPs
 
-    def add(self, losses: dict[str, torch.Tensor], micro: dict, flops: float) -> None:
-        """Adds the losses of a micro-batch, see `loader.TrainBatches`, and what it took."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
-        self._sums = values if self._sums is None else self._sums + values
-        self.names = list(losses)
+    def add(self, micros: list[dict[str, torch.Tensor]]) -> None:
+        """Adds the losses of the micro-batches of a step that was applied."""
+        values = torch.stack([torch.stack([loss.float() for loss in losses.values()]) for losses in micros]).sum(0)
+        self._sums = self._sums + values if self.names else values
+        self.names, self._applied = list(micros[0]), self._applied + 1
+
+    def count(self, micro: dict, flops: float) -> None:
+        """Counts what a micro-batch took, see `loader.TrainBatches`."""
         self._counts += torch.tensor([micro["num_tokens"], micro["num_positions"], flops])
 
     def means(self) -> dict[str, float]:
-        """Over the ranks: of the losses, each a mean over the steps; and of tokens, positions, FLOPs and seconds spent
-        waiting for the loader, each a sum over the window; collective."""
-        losses = self._sums.double() / self.steps
+        """Means over the ranks: of the losses, which are means over the steps; of tokens, positions, FLOPs and
+        seconds spent waiting for the loader, which are sums over the window (all ranks)."""
         counts = torch.cat([self._counts, torch.tensor([self.loader_seconds])])
-        values = torch.cat([losses, counts.to(losses.device)])
+        values = torch.cat([self._sums.double() / max(1, self._applied), counts.to(self._sums.device)])
         dist.all_reduce(values)
         names = [*self.names, "tokens", "positions", "flops", "loader_seconds"]
         return dict(zip(names, (values / dist.get_world_size()).tolist(), strict=True))

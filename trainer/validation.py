@@ -39,6 +39,9 @@ def validate(
     Returns:
         rec, the mean over the levels of rec_level_1 .. rec_level_l: -log p of the codes of a target, per target;
         recall@10 and ndcg@10 of the lists of `train.eval_beams` beams, per user; num_users.
+
+    Raises:
+        ValueError: the corpus has no valid users.
     """
     levels = tree.length
     total = torch.zeros(levels + 4, dtype=torch.float64)
@@ -59,6 +62,8 @@ def validate(
     total = total.to(device)
     dist.all_reduce(total)
     *losses, num_targets, num_users, recall, ndcg = total.tolist()
+    if not num_users:
+        raise ValueError(f"{corpus.path} has no valid users, by whom the weights to keep are chosen; see etl.split")
     losses = {f"rec_level_{t + 1}": loss / num_targets for t, loss in enumerate(losses)}
     metrics = {f"recall@{CUTOFF}": recall / num_users, f"ndcg@{CUTOFF}": ndcg / num_users, "num_users": num_users}
     return {"rec": sum(losses.values()) / levels} | losses | metrics

@@ -72,14 +72,16 @@ def fit(work: Path, settings: dict[str, str] | None = None, resume: bool = False
 
 
 def start(ranks: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """Starts a Python program as so many ranks."""
+    """Starts a Python program as so many ranks, each in a process group of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = ENV | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     return [
-        subprocess.Popen([sys.executable, "-u", *arguments], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
+        subprocess.Popen(
+            [sys.executable, "-u", *arguments], env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, **options
+        )
         for r in range(ranks)
     ]
 

@@ -87,7 +87,7 @@ def test_damaged_best_weights_are_noticed(work, capsys):
 
 def test_a_disk_without_room_leaves_the_checkpoint_before(work, rest, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         message = r"checkpoint step-12 in .* cannot be written: .*; step-10 is whole, and the same command goes on"
         with pytest.raises(ValueError, match=message):

@@ -12,8 +12,8 @@ from tests.trainer import runs
 from trainer import loader, model
 from trainer.inputs import read_catalog
 
-# 20 AdamW steps in float32; sums are taken in another order.
-TOLERANCE = {"rel": 1e-4, "abs": 1e-5}
+# 20 AdamW steps in float32; sums are taken in another order. Differences of up to 2e-7 have been seen.
+TOLERANCE = {"rel": 1e-5}
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,12 @@ def test_resumed_steps_are_those_of_the_unbroken_run(room):
     assert all_content(batches(room))[13:] == all_content(batches(room, steps=range(13, 25)))
 
 
+def test_steps_resumed_on_other_ranks_hold_the_samples_of_the_unbroken_run(room):
+    rest = all_content(batches(room))[13:]
+    two = all_content(*(batches(room, rank, 2, steps=range(13, 25)) for rank in range(2)))
+    assert [sorted(step) for step in two] == [sorted(step) for step in rest]
+
+
 def test_loader_processes_keep_the_order(room):
     assert all_content(batches(room)) == all_content(batches(room, workers=2))
 
