@@ -11,9 +11,11 @@ Writes bench/results/train.{json,md}; rows of other devices and shapes that are 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -55,7 +57,7 @@ def measure_ours(config: Config, num_steps: int) -> dict:
         model = build_model(config, catalog, gid, Shard(0, world_size), progress)
         engine = distributed.initialize(config, model, world_size, device)
         with tempfile.TemporaryDirectory() as folder:
-            checkpoints = Checkpoints(config_module.load("", {"work": folder}), {}, world_size)
+            checkpoints = Checkpoints(dataclasses.replace(config, work=folder), {})
             training = Training(config, corpus, catalog, engine, checkpoints, Run(), progress)
         batches = iter(training.batches())
         training.step(batches, Window(device))
@@ -186,7 +188,9 @@ def _alone(args: argparse.Namespace, shape: str, who: str, settings: dict[str, s
 def _measure(file: str, overrides: dict[str, str], who: str, num_steps: int) -> dict:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     config = config_module.load(file, overrides)
-    return (measure_peer if who == "peer" else measure_ours)(config, num_steps)
+    row = (measure_peer if who == "peer" else measure_ours)(config, num_steps)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would survive the end of the pool
+    return row
 
 
 def save(rows: list[dict]) -> None:

@@ -1,6 +1,7 @@
 import os
 
 import pytest
+import torch
 
 from trainer.distributed import process_group
 
@@ -14,3 +15,8 @@ def group():
         yield
     os.environ.clear()
     os.environ.update(before)
+
+
+def pytest_runtest_setup(item):
+    if "gpu" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
