@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What needs a GPU, in one command: CUDA correctness, then training and evaluation of the work folders given.
+# What needs a GPU, in one command: CUDA correctness, the speed of training and of GIDs, then training and evaluation of
+# the work folders given.
 #
 #   bench/gpu.sh OUT WORK...      e.g. bench/gpu.sh runs/gpu runs/phone runs/beauty
 #
@@ -9,17 +10,25 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 out=$1
 shift
 mkdir -p "$out"
 
 if nvidia-smi -L 2>/dev/null | tee "$out/device.txt" | grep -q ^GPU; then
   python -m pytest -m gpu | tee "$out/tests.txt"
+  speed=(--shapes small,official,base --stages 1,3 --precisions bf16 --peer --steps 20)
+  trees=1000000,10000000
 else
   echo "no GPU: CPU ($(nproc) cores)" | tee "$out/device.txt"
   export DS_ACCELERATOR=cpu
+  speed=(--shapes tiny --precisions fp32 --peer --steps 2)
+  trees=20000
 fi
+
+python -m bench.train --config "configs/$(basename "$1").toml" --work "$1" "${speed[@]}" | tee "$out/train.log"
+python -m bench.gid --tree-sizes "$trees" | tee "$out/gid.log"
+cp bench/results/{train,gid}.{json,md} "$out"
 
 for work in "$@"; do
   name=$(basename "$work")
