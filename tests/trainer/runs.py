@@ -28,6 +28,14 @@ from trainer.training import SIGNALS, Training
 ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
+def write_data(work: Path) -> Path:
+    """Writes the tiny corpus/ and gid/ into a work folder."""
+    config = tiny.tiny_config(work)
+    tiny.write_corpus(config)
+    tiny.write_gids(config)
+    return work
+
+
 class Record:
     """Stands where the MLflow run does."""
 

@@ -17,10 +17,7 @@ from trainer import checkpoint
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, group):
     """A work folder with a run that was stopped after step 10 of 20, and its losses."""
-    work = tmp_path_factory.mktemp("checkpoint") / "work"
-    config = tiny.tiny_config(work)
-    tiny.write_corpus(config)
-    tiny.write_gids(config)
+    work = runs.write_data(tmp_path_factory.mktemp("checkpoint") / "work")
     return work, runs.fit(work, {"train.save_every": "4"}, stop=10)[0]["train/loss"]
 
 

@@ -19,11 +19,7 @@ TOLERANCE = {"rel": 1e-5}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A folder with corpus/ and gid/."""
-    work = tmp_path_factory.mktemp("exact") / "data"
-    config = tiny.tiny_config(work)
-    tiny.write_corpus(config)
-    tiny.write_gids(config)
-    return work
+    return runs.write_data(tmp_path_factory.mktemp("exact") / "data")
 
 
 @pytest.fixture

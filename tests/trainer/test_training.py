@@ -21,11 +21,7 @@ from trainer.validation import validate
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, group):
-    work = tmp_path_factory.mktemp("training") / "data"
-    config = tiny.tiny_config(work)
-    tiny.write_corpus(config)
-    tiny.write_gids(config)
-    return work
+    return runs.write_data(tmp_path_factory.mktemp("training") / "data")
 
 
 @pytest.fixture
