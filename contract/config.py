@@ -55,6 +55,11 @@ class Data:
         "interaction column that says train, valid or test, for etl.split = 'given'; empty: none (csv, jsonl, parquet)",
     )
     text_columns: tuple[str, ...] = _opt(("title",), "item columns whose text is the content, in this order")
+    shards_url: str = _opt(
+        "",
+        "folder or any URL that fsspec opens (s3://..., gs://...) with a copy of the .tar files of corpus/, read from "
+        "there in training and evaluation; empty: read from corpus/",
+    )
     delimiter: str = _opt(",", "what separates the fields of a CSV file", (",", ";", "|", "\t"))
     multiline: bool = _opt(
         False,
@@ -213,8 +218,16 @@ class Train:
     epochs: int = _opt(10, "passes over the training targets", low=1)
     max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
     global_batch: int = _opt(128, "targets per optimizer step, over all ranks", low=1)
-    micro_batch: int = _opt(
-        0, "targets per forward pass of a rank, of like length to pad little; 0: the rank's whole share", low=0
+    micro_tokens: int = _opt(
+        0,
+        "encoder positions per forward pass of a rank, users and items together, padding counted; the rank's targets "
+        "of a step are cut into so many passes as that takes; 0: one pass",
+        low=0,
+    )
+    length_groups: int = _opt(
+        4,
+        "encoder passes over a forward pass's users, and over its items, by length: more pad less; 8 for 'tokens'",
+        low=1,
     )
     lr: float = _opt(3e-3, "peak AdamW learning rate", low=1e-9)
     weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)

@@ -4,7 +4,11 @@ Dense ids start at 1; index 0 of every table of embeddings is padding. Dense ids
 a keyed hash of the raw id, so that neither popularity nor the order of the input can be read from them.
 """
 
+import fcntl
 import functools
+import shutil
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +61,8 @@ SEQUENCES = pa.schema(
     ]
 )
 GIDS = pa.schema([("item_idx", pa.int32()), ("gid", pa.list_(pa.int16()))])  # l codes in 0..K-1
+# The element types of the list columns that are memory-mapped.
+MAPPED = {"token_ids": np.int32, "user_idxs": np.int64}
 # With the raw ids as well: a later corpus numbers its items anew.
 GIDS_OF_ITEMS = GIDS.append(pa.field("item_id", pa.string()))
 
@@ -71,9 +77,13 @@ class Ragged:
     values: np.ndarray
     offsets: np.ndarray
 
-    @functools.cached_property  # looked up for every batch, whatever the size of the catalog
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    def lengths_at(self, index: np.ndarray) -> np.ndarray:
+        """The lengths of the rows `index`, of any shape; unlike `lengths` it reads no others of a mapped table."""
+        return self.offsets[index + 1] - self.offsets[index]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -83,7 +93,7 @@ class Ragged:
 
     def take(self, index: np.ndarray) -> "Ragged":
         """The rows `index` (M,), in that order."""
-        lengths = self.lengths[index]
+        lengths = self.lengths_at(index)
         begin = np.concatenate([[0], np.cumsum(lengths)])
         source = np.repeat(self.offsets[index] - begin[:-1], lengths) + np.arange(begin[-1])
         return Ragged(self.values[source], begin)
@@ -137,12 +147,67 @@ def read_items(corpus: Path) -> Items:
     )
 
 
-def read_item_users(corpus: Path, num_items: int) -> Ragged:
-    """Row item_idx: user_idx of sampled train users; items without any have an empty row."""
-    table = read_table(corpus / "item_users.parquet", ITEM_USERS, sort_by="item_idx")
-    users, lengths = ragged(table["user_idxs"]), np.zeros(num_items + 1, np.int64)
-    lengths[table["item_idx"].to_numpy()] = users.lengths
-    return Ragged(users.values, np.concatenate([[0], np.cumsum(lengths)]))
+def map_tokens(corpus: Path, num_items: int) -> Ragged:
+    """Row item_idx: int32 content token ids. Row 0 is empty, and so are those of items without text.
+
+    Memory-mapped: the processes of a node share one copy of it, which the first of them derives from items.parquet,
+    piece by piece, into a hidden folder of the corpus.
+
+    Raises:
+        ValueError: an item_idx is not in 1..num_items or is there twice, or the corpus folder cannot be written.
+    """
+    return _mapped(corpus / "items.parquet", "token_ids", num_items)
+
+
+def map_item_users(corpus: Path, num_items: int) -> Ragged:
+    """Row item_idx: int64 user_idx of sampled train users, memory-mapped as in `map_tokens`."""
+    return _mapped(corpus / "item_users.parquet", "user_idxs", num_items)
+
+
+def _mapped(path: Path, column: str, num_items: int) -> Ragged:
+    folder = path.with_name(f".{path.stem}.{column}")
+    if not folder.is_dir():
+        try:
+            with path.with_name(f"{folder.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes wait, then find it written
+                if not folder.is_dir():
+                    _write_mapped(path, column, num_items, folder)
+        except OSError as error:
+            raise ValueError(f"{folder}, a table derived from {path.name}, cannot be written: {error}") from None
+    # Plain arrays over the mapping: what is looked up in them is not a memmap in its turn.
+    return Ragged(*(np.asarray(np.load(folder / f"{part}.npy", mmap_mode="r")) for part in ("values", "offsets")))
+
+
+def _write_mapped(path: Path, column: str, num_items: int, folder: Path) -> None:
+    """Two passes over the table, in any order of its rows: lengths give the offsets, then every row has its place."""
+    lengths, seen, num_rows = np.zeros(num_items + 1, np.int64), np.zeros(num_items + 1, bool), 0
+    for item_idx, rows in _list_batches(path, column):
+        if not 1 <= item_idx.min(initial=1) <= item_idx.max(initial=1) <= num_items:
+            raise ValueError(f"{path}: item_idx is not within 1..{num_items}; run the stage that wrote it again")
+        lengths[item_idx], seen[item_idx] = rows.lengths, True
+        num_rows += len(item_idx)
+    if num_rows > seen.sum():
+        raise ValueError(f"{path}: an item_idx is there twice; run the stage that wrote it again")
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{folder.name}."))
+    try:
+        np.save(temporary / "offsets.npy", offsets)
+        shape = (int(offsets[-1]),)
+        values = np.lib.format.open_memmap(temporary / "values.npy", "w+", MAPPED[column], shape)
+        for item_idx, rows in _list_batches(path, column):
+            place = np.repeat(offsets[item_idx] - rows.offsets[:-1], rows.lengths)
+            values[place + np.arange(len(rows.values))] = rows.values
+        values.flush()
+        temporary.chmod(0o755)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _list_batches(path: Path, column: str) -> Iterator[tuple[np.ndarray, Ragged]]:
+    """(item_idx, the rows of a list column), some ten thousand rows at a time."""
+    for batch in pads.dataset(path, format="parquet").to_batches(columns=["item_idx", column]):
+        yield batch["item_idx"].to_numpy(), ragged(batch[column])
 
 
 def read_interactions(corpus: Path, split: int, users: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

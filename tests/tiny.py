@@ -20,6 +20,7 @@ from trainer.inputs import read_catalog
 VOCAB_SIZE = 50
 EVENTS = ["view", "purchase"]
 EVENT_WEIGHTS = [0.5, 1.5]
+USERS_PER_MEMBER = 6  # so that a shard has several members
 
 OVERRIDES = {
     "gid.branching": "4",
@@ -35,6 +36,7 @@ OVERRIDES = {
     "history.user_slots": "2",
     "train.global_batch": "16",
     "train.streams": "4",
+    "train.length_groups": "2",
     "train.epochs": "2",
     "eval.beams": "20",
     "eval.batch": "7",
@@ -132,6 +134,15 @@ def _write(path: Path, table_schema: pa.Schema, columns: list[list]) -> None:
 
 
 def _write_shard(path: Path, users: list[tuple[int, np.ndarray]], split: str) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, begin in enumerate(range(0, len(users), USERS_PER_MEMBER)):
+            content = _member(users[begin : begin + USERS_PER_MEMBER], split)
+            member = tarfile.TarInfo(f"{number:06d}.arrow")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def _member(users: list[tuple[int, np.ndarray]], split: str) -> bytes:
     columns = [
         [u for u, _ in users],
         [s.tolist() for _, s in users],
@@ -143,8 +154,4 @@ def _write_shard(path: Path, users: list[tuple[int, np.ndarray]], split: str) ->
     stream = io.BytesIO()
     with pa.ipc.new_stream(stream, schema.SEQUENCES) as writer:
         writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema.SEQUENCES))
-    with tarfile.open(path, "w") as tar:
-        member = tarfile.TarInfo("000000.arrow")
-        member.size = stream.tell()
-        stream.seek(0)
-        tar.addfile(member, stream)
+    return stream.getvalue()

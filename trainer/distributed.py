@@ -15,7 +15,6 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from contract.config import Config
 from trainer import engine_state
-from trainer.loader import micro_batch
 from trainer.watch import Watch
 
 
@@ -70,11 +69,11 @@ def deepspeed_config(config: Config, world_size: int, bf16: bool) -> dict:
     train = config.train
     if bf16 and train.zero_stage == 0:
         raise ValueError("train.precision bf16 needs train.zero_stage 1 or more: stage 0 keeps no fp32 weights")
-    micro = micro_batch(config, world_size)
     return {
+        # One pass as far as DeepSpeed knows: the loop cuts it by length, weighs the parts and says which is the last.
         "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": train.global_batch // world_size // micro,
+        "train_micro_batch_size_per_gpu": train.global_batch // world_size,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": train.clip,
         "zero_optimization": {"stage": train.zero_stage},
         "zero_allow_untested_optimizer": True,

@@ -59,14 +59,14 @@ def _event_weights(manifest: dict) -> list[float]:
 
 
 def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
-    items = schema.read_items(corpus.path)
+    num_items = corpus.counts["num_items"]
     gids = schema.read_gids(gid.path)
-    if len(gids) != items.num_items + 1:
-        raise ValueError(f"{gid.path} has {len(gids) - 1} GIDs for {items.num_items} items; run: python gid/build.py")
+    if len(gids) != num_items + 1:
+        raise ValueError(f"{gid.path} has {len(gids) - 1} GIDs for {num_items} items; run: python gid/build.py")
     tree = GidTree(gids)
     return Catalog(
-        tokens=items.tokens,
-        users=schema.read_item_users(corpus.path, items.num_items),
+        tokens=schema.map_tokens(corpus.path, num_items),
+        users=schema.map_item_users(corpus.path, num_items),
         gids=gids,
         group=tree.group,
         siblings=tree.siblings(),
@@ -103,7 +103,7 @@ def user_inputs(config: Config, catalog: Catalog, history: History) -> dict[str,
 
 def item_inputs(config: Config, catalog: Catalog, item_idx: np.ndarray, key: int) -> dict[str, np.ndarray]:
     """X_i of items (B,). The users in its slots depend on (key, item) alone, not on the batch around it."""
-    lengths = catalog.users.lengths[item_idx]
+    lengths = catalog.users.lengths_at(item_idx)
     num_slots = np.minimum(lengths, config.history.user_slots)
     start = (_mix(item_idx.astype(np.uint64), key) % np.maximum(lengths, 1).astype(np.uint64)).astype(np.int64)
     column = np.arange(config.history.user_slots)
@@ -113,6 +113,50 @@ def item_inputs(config: Config, catalog: Catalog, item_idx: np.ndarray, key: int
     slots = np.zeros((len(item_idx), config.history.user_slots), np.int64)
     slots[filled] = catalog.users.values[position[filled]]
     return _assemble(config, catalog, catalog.task_item, item_idx[:, None].astype(np.int64), {}, slots)
+
+
+def user_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray) -> np.ndarray:
+    """int64 (B,): the positions that X_u takes of histories item_idx (B, n)."""
+    return 2 + _segment_lengths(config, catalog, item_idx, np.zeros(len(item_idx), np.int64)).sum(1)
+
+
+def item_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray) -> np.ndarray:
+    """int64 (B,): the positions that X_i takes of items (B,)."""
+    num_users = np.minimum(catalog.users.lengths_at(item_idx), config.history.user_slots)
+    return 2 + _segment_lengths(config, catalog, item_idx[:, None], num_users).sum(1) + num_users
+
+
+def _segment_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray, num_users: np.ndarray) -> np.ndarray:
+    """int64 (B, n): lengths of the segments c_i, an item slot plus, unless pooled, its content tokens; 0 left out."""
+    lengths = (item_idx > 0).astype(np.int64)
+    if config.history.encoding != "pooled":
+        lengths += catalog.tokens.lengths_at(item_idx)  # item 0 has none
+        room = config.history.max_tokens - 2 - num_users[:, None]
+        lengths[np.cumsum(lengths[:, ::-1], 1)[:, ::-1] > room] = 0
+    return lengths
+
+
+def length_groups(lengths: np.ndarray, num_groups: int) -> list[tuple[int, int, int]]:
+    """Cuts rows sorted by length into exactly `num_groups` runs (begin, end, width), each padded to its own width, so
+    that all positions together are the fewest.
+
+    Args:
+        lengths: int64 (B,), ascending, B >= num_groups.
+    """
+    # Cuts between equal lengths save nothing; some are there only so that the runs are enough.
+    cuts = np.union1d(np.flatnonzero(np.diff(lengths)) + 1, [*range(num_groups), len(lengths)])
+    rows = cuts - cuts[:, None]
+    positions_IJ = np.where(rows > 0, rows * lengths[cuts - 1], np.inf)  # of the run from cut i to cut j
+    fewest_J, choices = positions_IJ[0], []
+    for _ in range(num_groups - 1):
+        total_IJ = fewest_J[:, None] + positions_IJ
+        choices.append(total_IJ.argmin(0))
+        fewest_J = total_IJ.min(0)
+    last, groups = len(cuts) - 1, []
+    for choice_J in [*reversed(choices), np.zeros(len(cuts), np.int64)]:
+        groups.append((int(cuts[choice_J[last]]), int(cuts[last]), int(lengths[cuts[last] - 1])))
+        last = choice_J[last]
+    return groups[::-1]
 
 
 def _assemble(
@@ -140,12 +184,7 @@ def _assemble(
     pooled = config.history.encoding == "pooled"
     batch, _ = item_idx.shape
     num_users = (user_slots > 0).sum(1) if user_slots is not None else np.zeros(batch, np.int64)
-    # Lengths of the segments c_i; an item slot plus, unless pooled, its content tokens.
-    lengths = (item_idx > 0).astype(np.int64)
-    if not pooled:
-        lengths += np.where(item_idx > 0, catalog.tokens.lengths[item_idx], 0)
-        room = config.history.max_tokens - 2 - num_users[:, None]
-        lengths[np.cumsum(lengths[:, ::-1], 1)[:, ::-1] > room] = 0
+    lengths = _segment_lengths(config, catalog, item_idx, num_users)
     start = 1 + np.cumsum(lengths, 1) - lengths
     end = 1 + lengths.sum(1)
     eos = end + num_users
@@ -166,12 +205,12 @@ def _assemble(
         items, bag = np.unique(item_idx[row, column], return_inverse=True)
         arrays["content_row"] = np.zeros((batch, width), np.int64)
         arrays["content_row"][row, slot] = 1 + bag
-        counts = catalog.tokens.lengths[items]
+        counts = catalog.tokens.lengths_at(items)
         arrays["content_tokens"] = catalog.tokens.take(items).values.astype(np.int64)
         arrays["content_offsets"] = np.cumsum(counts) - counts
     else:
         items = item_idx[row, column]
-        counts = catalog.tokens.lengths[items]
+        counts = catalog.tokens.lengths_at(items)
         position = np.repeat(slot + 1, counts) + ragged_arange(counts)
         arrays["token"][np.repeat(row, counts), position] = catalog.tokens.take(items).values
     arrays["mask"] = np.arange(width) <= eos[:, None]

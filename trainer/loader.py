@@ -7,21 +7,45 @@ on from any step by skipping, without a saved loader state.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import fsspec
 import numpy as np
 import torch
 
 from contract.artifacts import Artifact
 from contract.config import Config
+from contract.schema import Ragged
 from trainer import inputs, samples
 from trainer.inputs import Catalog, History
 from trainer.samples import Block
 
 
-def shard_paths(corpus: Artifact, split: str) -> list[Path]:
-    return [corpus.path / shard["file"] for shard in corpus.manifest["shards"][split]]
+def shard_paths(corpus: Artifact, split: str) -> list[str]:
+    """The shards of a split, in the corpus folder or below data.shards_url.
+
+    Raises:
+        ValueError: a shard there is not the one that the manifest of corpus/ lists.
+    """
+    names = [shard["file"] for shard in corpus.manifest["shards"][split]]
+    base = corpus.shards_url.rstrip("/")
+    if not base:
+        return [str(corpus.path / name) for name in names]
+    remedy = f"copy the .tar files of {corpus.path} to it, or set data.shards_url = '' to read them where they are"
+    try:
+        system, root = fsspec.url_to_fs(base)
+        sizes = {file["name"].rpartition("/")[2]: file["size"] for file in system.ls(root, detail=True)}
+    except Exception as error:  # every file system has exceptions of its own
+        raise ValueError(f"data.shards_url = {base!r} cannot be listed: {error}; {remedy}") from error
+    for name in names:
+        expected = corpus.manifest["files"][name]["bytes"]
+        if sizes.get(name, 0) not in (expected, None):  # a listing over HTTP knows no sizes
+            found = f"has {sizes[name]} bytes, not {expected}" if name in sizes else "is missing"
+            raise ValueError(f"shard {base}/{name} {found}; {remedy}")
+    return [f"{base}/{name}" for name in names]
 
 
 def steps_per_epoch(config: Config, corpus: Artifact) -> int:
@@ -50,25 +74,31 @@ def check_batch_sizes(config: Config, num_shards: int, world_size: int) -> None:
             f"use {low or train.streams} or {low + train.streams}"
         )
     rank_batch = train.global_batch // world_size
-    if train.micro_batch and rank_batch % train.micro_batch:
+    if train.length_groups > rank_batch:
         raise ValueError(
-            f"train.global_batch {train.global_batch} over {world_size} ranks is {rank_batch} per rank, not divisible "
-            f"by train.micro_batch {train.micro_batch}"
+            f"train.length_groups = {train.length_groups} is more than the {rank_batch} targets that each of "
+            f"{world_size} ranks has of train.global_batch = {train.global_batch}"
         )
 
 
-def micro_batch(config: Config, world_size: int) -> int:
-    return config.train.micro_batch or config.train.global_batch // world_size
-
-
 class TrainBatches(torch.utils.data.IterableDataset):
-    """Micro-batches of one rank for the optimizer steps `steps`, in order.
+    """The optimizer steps `steps` of one rank, in order: each a list of micro-batches, which partition its targets.
 
-    A batch is a dict of int64 tensors:
-        user: X_u, see `inputs._assemble`; gid (B, l) and weight float32 (B,) of the targets
-        item: X_i of the distinct items in use, with gid (N, l), when a loss needs it; and into its rows
-        positive (B,), negative (B,), sibling (B,); has_sibling bool (B,)
-        index_rows (V,): the distinct positive and negative items; index_weight float32 (V,): occurrences / B
+    The losses of a micro-batch are sums over its targets divided by the rank's number of them in the step, so their
+    sum over the list is the mean over the rank's share. A micro-batch is a dict of int64 tensors:
+
+        user: X_u, see `inputs._assemble`, rows by length, with groups; gid (B, l)
+        weight float32 (B,): of the targets in L_rec and L_bpr
+        item: X_i of the distinct items in use, rows by length, with groups and gid (N, l), when a loss needs it; and
+        into its rows positive (B,), negative (B,), sibling (B,)
+        sibling_weight float32 (B,): of the targets in L_c, 0 where there is no sibling
+        index_rows (V,): the distinct positive and negative items; index_weight float32 (V,): of them in L_index
+
+    and beside them
+
+        groups (of user and item): [begin, end, width] of the runs of rows that are encoded together, see
+        `inputs.length_groups`. Always train.length_groups of them: under ZeRO 3 every pass of every rank must be alike
+        num_tokens, num_positions: encoder positions of X_u and X_i in use, and with padding
         shard: names, for messages
     """
 
@@ -76,7 +106,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         self,
         config: Config,
         catalog: Catalog,
-        shards: list[Path],
+        shards: list[str],
         rank: int,
         world_size: int,
         steps: range,
@@ -85,45 +115,112 @@ class TrainBatches(torch.utils.data.IterableDataset):
         self.config, self.catalog, self.shards = config, catalog, shards
         per_rank = config.train.streams // world_size
         self.streams = range(rank * per_rank, (rank + 1) * per_rank)
-        self.micro = micro_batch(config, world_size)
-        self.per_step = config.train.global_batch // world_size // self.micro
+        self.rank_batch = config.train.global_batch // world_size
         self.steps, self.epoch_steps = steps, epoch_steps
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[list[dict]]:
         worker = torch.utils.data.get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        # Loader processes take micro-batches in turn, as torch's DataLoader collects them in turn.
-        turn = 0
         streams = [_stream_steps(self.config, self.shards, s, self.steps, self.epoch_steps) for s in self.streams]
-        for step, *parts in zip(self.steps, *streams, strict=True):
-            mine = [i for i in range(self.per_step) if (turn + i) % count == index]
-            turn += self.per_step
-            if mine:
-                drawn = [
-                    _draw(self.config, self.catalog, step, s, part) for s, part in zip(self.streams, parts, strict=True)
-                ]
-                drawn = _by_length(_concatenate(drawn))
-                for i in mine:
-                    yield self._build(step, {k: v[i * self.micro : (i + 1) * self.micro] for k, v in drawn.items()})
+        for turn, (step, *parts) in enumerate(zip(self.steps, *streams, strict=True)):
+            # Loader processes take steps in turn, as torch's DataLoader collects them in turn.
+            if turn % count == index:
+                yield self._step(step, parts)
 
-    def _build(self, step: int, drawn: dict[str, np.ndarray]) -> dict:
+    def _step(self, step: int, parts: list[list[tuple[Block, np.ndarray]]]) -> list[dict]:
+        drawn = [_draw(self.config, self.catalog, step, s, part) for s, part in zip(self.streams, parts, strict=True)]
+        drawn = _concatenate(drawn)
+        length = inputs.user_lengths(self.config, self.catalog, drawn["item_idx"])
+        order = np.argsort(length, kind="stable")
+        drawn = {name: values[order] for name, values in drawn.items()}
+        shards = ", ".join(sorted({block.shard for part in parts for block, _ in part}))
+        batches = []
+        for begin, end in cut(length[order], self._item_positions(drawn), self.config.train.micro_tokens):
+            # Too few rows for the groups: the last one is repeated, without weight.
+            column = np.arange(begin, max(end, begin + self.config.train.length_groups))
+            micro = {name: values[np.minimum(column, end - 1)] for name, values in drawn.items()}
+            share = (column < end).astype(np.float32) / np.float32(self.rank_batch)
+            batches.append(self._build(step, micro, share) | {"shard": shards})
+        return batches
+
+    def _item_positions(self, drawn: dict[str, np.ndarray]) -> np.ndarray:
+        """int64 (B,): the positions of a target's items, each as long as the longest of them."""
+        lengths = [inputs.item_lengths(self.config, self.catalog, drawn[name]) for name in self._item_names()]
+        return len(lengths) * np.max(lengths, axis=0) if lengths else np.zeros(len(drawn["positive"]), np.int64)
+
+    def _item_names(self) -> list[str]:
+        """The columns of the items that a loss needs."""
+        loss = self.config.loss
+        pair = ["positive", "negative"] if loss.index or loss.bpr or loss.contrastive else []
+        return [*pair, *(["sibling"] if loss.contrastive else [])]
+
+    def _build(self, step: int, drawn: dict[str, np.ndarray], share: np.ndarray) -> dict:
+        """A micro-batch of targets sorted by length. share: float32 (B,), the weight of a target."""
         config, catalog = self.config, self.catalog
         history = History(*(drawn[name] for name in ("item_idx", "event", "recency", "gap")))
         batch = {"user": inputs.user_inputs(config, catalog, history), "gid": catalog.gids[drawn["positive"]]}
-        batch["weight"] = drawn["weight"]
-        if config.loss.index or config.loss.bpr or config.loss.contrastive:
-            names = ["positive", "negative", *(["sibling"] if config.loss.contrastive else [])]
-            distinct, rows = np.unique(np.stack([drawn[name] for name in names]), return_inverse=True)
-            rows = rows.reshape(len(names), -1)
-            if distinct[0] == 0:  # "no sibling"; row 0 stands in, and has_sibling hides it
-                distinct, rows = distinct[1:], np.maximum(rows - 1, 0)
+        batch["weight"] = drawn["weight"] * share
+        if names := self._item_names():
+            distinct, rows = self._distinct_by_length(np.stack([drawn[name] for name in names]))
             batch["item"] = inputs.item_inputs(config, catalog, distinct, key=config.seed * 1_000_003 + step)
-            batch["item"]["gid"] = catalog.gids[distinct]
             batch |= dict(zip(names, rows, strict=True))
-            batch["has_sibling"] = drawn["sibling"] > 0
-            batch["index_rows"], counts = np.unique(rows[:2], return_counts=True)
-            batch["index_weight"] = (counts / rows.shape[1]).astype(np.float32)
-        return to_tensors(batch) | {"shard": ", ".join(sorted(set(drawn["shard"])))}
+            batch["sibling_weight"] = (drawn["sibling"] > 0) * share
+            index_weight = np.bincount(rows[:2].ravel(), np.tile(share, 2), minlength=len(distinct))
+            batch["index_rows"] = np.unique(rows[:2])
+            batch["index_weight"] = index_weight[batch["index_rows"]].astype(np.float32)
+        sides = [batch[side] for side in ("user", "item") if side in batch]
+        for side in sides:
+            side["groups"] = inputs.length_groups(side["eos"] + 1, config.train.length_groups)
+        if "item" in batch:
+            batch["item"]["gid"] = catalog.gids[distinct]
+        return to_tensors(batch) | {
+            "num_tokens": int(sum(side["mask"].sum() for side in sides)),
+            "num_positions": sum((end - begin) * width for side in sides for begin, end, width in side["groups"]),
+        }
+
+    def _distinct_by_length(self, item_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct items (N,) of item_idx (n, B), by the length of X_i, and int64 (n, B) into them."""
+        distinct, rows = np.unique(item_idx, return_inverse=True)
+        rows = rows.reshape(item_idx.shape)
+        if distinct[0] == 0:  # "no sibling"; row 0 stands in, and its weight hides it
+            distinct, rows = distinct[1:], np.maximum(rows - 1, 0)
+        order = np.argsort(inputs.item_lengths(self.config, self.catalog, distinct), kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        missing = max(0, self.config.train.length_groups - len(distinct))
+        return np.pad(distinct[order], (0, missing), mode="edge"), rank[rows]
+
+
+def cut(user_length: np.ndarray, item_positions: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Partitions targets, sorted by the length of X_u, into micro-batches (begin, end) of at most `budget` positions.
+
+    Counted as rectangles, every row as long as the longest of its kind: what the states of a pass take in memory.
+    A target beyond the budget is a micro-batch of its own.
+
+    Args:
+        user_length: int64 (B,), ascending.
+        item_positions: int64 (B,), of a target's items together, each as long as the longest of them.
+        budget: 0: all targets at once.
+    """
+    if not budget:
+        return [(0, len(user_length))]
+    begin, cuts = 0, []
+    while begin < len(user_length):
+        width = user_length[begin:] + np.maximum.accumulate(item_positions[begin:])
+        positions = np.arange(1, len(width) + 1) * width
+        end = begin + max(1, int(np.searchsorted(positions, budget, side="right")))
+        cuts.append((begin, end))
+        begin = end
+    return cuts
+
+
+def filler(batch: dict) -> dict:
+    """A micro-batch without weight, for ranks with fewer than others: all must make equally many passes.
+
+    The others are making a pass of like size meanwhile, so a smaller one would end no sooner.
+    """
+    weights = {name: torch.zeros_like(batch[name]) for name in batch if name.endswith("weight")}
+    return batch | weights | {"num_tokens": 0}
 
 
 class Stream:
@@ -133,7 +230,7 @@ class Stream:
     the next epoch, which deals the shards anew.
     """
 
-    def __init__(self, config: Config, shards: list[Path], stream: int, epoch: int):
+    def __init__(self, config: Config, shards: list[str], stream: int, epoch: int):
         self._config, self._shards, self._seed = config, shards, (config.seed, epoch)
         self._order = np.random.default_rng(self._seed).permutation(len(shards))[stream :: config.train.streams]
         self._blocks = self._read()
@@ -155,17 +252,18 @@ class Stream:
         for again in itertools.count():
             found = False
             for shard in self._order:
-                block = samples.read_shard(self._shards[shard])
-                targets = samples.train_targets(self._config, block)
-                found |= len(targets) > 0
-                yield block, np.random.default_rng([*self._seed, shard, again]).permutation(targets)
+                rng = np.random.default_rng([*self._seed, shard, again])
+                for block in samples.read_blocks(self._shards[shard]):
+                    targets = samples.train_targets(self._config, block)
+                    found |= len(targets) > 0
+                    yield block, rng.permutation(targets)
             if not found:
-                names = ", ".join(self._shards[shard].name for shard in self._order)
+                names = ", ".join(self._shards[shard] for shard in self._order)
                 raise ValueError(f"no user in {names} has two train events; build the corpus with fewer etl.num_shards")
 
 
 def _stream_steps(
-    config: Config, shards: list[Path], stream: int, steps: range, epoch_steps: int
+    config: Config, shards: list[str], stream: int, steps: range, epoch_steps: int
 ) -> Iterator[list[tuple[Block, np.ndarray]]]:
     """For each step the stream's part of the global batch."""
     size = config.train.global_batch // config.train.streams
@@ -178,7 +276,9 @@ def _stream_steps(
         yield source.take(size)
 
 
-def _draw(config: Config, catalog: Catalog, step: int, stream: int, parts: list[tuple[Block, np.ndarray]]) -> dict:
+def _draw(
+    config: Config, catalog: Catalog, step: int, stream: int, parts: list[tuple[Block, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """Histories, positives, negatives and siblings of a stream's part of a step, as arrays over its targets."""
     rng = np.random.default_rng([config.seed, step, stream])
     drawn = []
@@ -191,17 +291,9 @@ def _draw(config: Config, catalog: Catalog, step: int, stream: int, parts: list[
                 "weight": catalog.event_weights[block.event[targets]],
                 "negative": samples.draw_negatives(catalog, block, targets, rng),
                 "sibling": samples.draw_siblings(catalog, positive, rng),
-                "shard": np.full(len(targets), block.shard),
             }
         )
     return _concatenate(drawn)
-
-
-def _by_length(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The samples sorted by the length of their histories: micro-batches of like length pad little, and the gradient
-    of a step is a sum, whatever the order."""
-    order = np.argsort((drawn["item_idx"] > 0).sum(1), kind="stable")
-    return {name: array[order] for name, array in drawn.items()}
 
 
 def _concatenate(drawn: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -240,7 +332,8 @@ def eval_batches(
 ) -> Iterator[dict]:
     """The users of a valid or test split, all or those of `eval_sample`; a rank's shards of them.
 
-    A batch never crosses a shard, so that what is computed of a user is the same at any number of ranks. Yields
+    A batch never crosses a shard, so that what is computed of a user is the same at any number of ranks; within a
+    shard users are batched by length, as that pads little. Yields
 
         user: X_u of B users; user_idx (B,), 0 in batches that only fill up
         pair_row (P,), pair_item (P,), pair_gid (P, l): the targets, as rows of user, item_idx and GIDs; a user may
@@ -256,38 +349,114 @@ def eval_batches(
         history = samples.eval_histories(
             config, catalog, block, np.random.default_rng([config.seed, len(block.user_idx)])
         )
-        for begin in range(0, len(block.user_idx), batch):
-            last = _eval_batch(config, catalog, block, history, range(begin, min(begin + batch, len(block.user_idx))))
+        order = np.argsort(inputs.user_lengths(config, catalog, history.item_idx), kind="stable")
+        for begin in range(0, len(order), batch):
+            last = _eval_batch(config, catalog, block, history, order[begin : begin + batch])
             yield last
             count += 1
     if last is None:  # more ranks than shards
         block = samples.read_shard(shards[0])
         history = samples.eval_histories(config, catalog, block, np.random.default_rng(0))
-        last = _eval_batch(config, catalog, block, history, range(1))
+        last = _eval_batch(config, catalog, block, history, np.arange(1))
     filler = last | {"user_idx": torch.zeros_like(last["user_idx"])}
     filler |= {name: last[name][:0] for name in ("pair_row", "pair_item", "pair_gid")}
     for _ in range(count, num_eval_batches(corpus, split, batch, world_size, sample)):
         yield filler
 
 
-def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History, rows: range) -> dict:
-    at = slice(rows.start, rows.stop)
-    begin, end = block.item_idx.offsets[rows.start], block.item_idx.offsets[rows.stop]
-    row, item, is_target = block.row[begin:end], block.item_idx.values[begin:end], block.is_target[begin:end]
+def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History, rows: np.ndarray) -> dict:
+    items = block.item_idx.take(rows)
+    is_target = Ragged(block.is_target, block.item_idx.offsets).take(rows).values
+    row = np.repeat(np.arange(len(rows)), items.lengths)
     batch = {
-        "user": inputs.user_inputs(config, catalog, History(*(array[at] for array in vars(history).values()))),
-        "user_idx": block.user_idx[at],
-        "pair_row": row[is_target] - rows.start,
-        "pair_item": item[is_target].astype(np.int64),
-        "pair_gid": catalog.gids[item[is_target]],
-        "seen_row": row[~is_target] - rows.start,
-        "seen_item": item[~is_target].astype(np.int64),
+        "user": inputs.user_inputs(config, catalog, History(*(array[rows] for array in vars(history).values()))),
+        "user_idx": block.user_idx[rows],
+        "pair_row": row[is_target],
+        "pair_item": items.values[is_target].astype(np.int64),
+        "pair_gid": catalog.gids[items.values[is_target]],
+        "seen_row": row[~is_target],
+        "seen_item": items.values[~is_target].astype(np.int64),
     }
     return to_tensors(batch)
 
 
+class _Place(NamedTuple):
+    """Where in `Packed.data` a tensor lies, in which type, and which type it is to have."""
+
+    begin: int
+    shape: tuple[int, ...]
+    packed: torch.dtype
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The micro-batches of a step as one tensor, ids in the smallest type that holds them.
+
+    Loader processes hand over, and a device receives, one small tensor instead of some thirty large ones, of which each
+    would cost a file in shared memory, or a copy, of its own.
+    """
+
+    data: torch.Tensor  # uint8
+    layout: list  # the micro-batches, with a _Place for each tensor
+
+    def pin_memory(self) -> "Packed":
+        return Packed(self.data.pin_memory(), self.layout)
+
+
+def pack(micros: list[dict]) -> Packed:
+    parts, size = [], 0
+
+    def layout(value):
+        nonlocal size
+        if isinstance(value, dict):
+            return {name: layout(part) for name, part in value.items()}
+        if not torch.is_tensor(value):
+            return value
+        narrow = _narrowed(value)
+        place = _Place(size, tuple(value.shape), narrow.dtype, value.dtype)
+        parts.append(narrow.flatten().view(torch.uint8))
+        parts.append(torch.zeros(-len(parts[-1]) % 8, dtype=torch.uint8))  # the next one begins where any type may
+        size += len(parts[-2]) + len(parts[-1])
+        return place
+
+    layouts = [layout(micro) for micro in micros]
+    return Packed(torch.cat(parts), layouts)
+
+
+def _narrowed(value: torch.Tensor) -> torch.Tensor:
+    """Ids, which are not negative, in the smallest integer type that holds them; other tensors as they are."""
+    if value.dtype != torch.int64 or not value.numel():
+        return value
+    highest = int(value.max())
+    types = (torch.int8, torch.int16, torch.int32, torch.int64)
+    return value.to(next(dtype for dtype in types if highest <= torch.iinfo(dtype).max))
+
+
+def unpack(packed: Packed, device: torch.device) -> list[dict]:
+    """The micro-batches of `pack` on a device."""
+    data = packed.data.to(device, non_blocking=True)
+
+    def value(place):
+        if isinstance(place, dict):
+            return {name: value(part) for name, part in place.items()}
+        if not isinstance(place, _Place):
+            return place
+        end = place.begin + math.prod(place.shape) * place.packed.itemsize
+        return data[place.begin : end].view(place.packed).view(place.shape).to(place.dtype)
+
+    return [value(layout) for layout in packed.layout]
+
+
 def to_tensors(arrays: dict) -> dict:
-    return {k: to_tensors(v) if isinstance(v, dict) else torch.from_numpy(np.array(v)) for k, v in arrays.items()}
+    """The arrays of a nested batch as tensors, without a copy where they may be written; other values as they are."""
+    return {k: to_tensors(v) if isinstance(v, dict) else _tensor(v) for k, v in arrays.items()}
+
+
+def _tensor(value):
+    if not isinstance(value, np.ndarray):
+        return value
+    return torch.from_numpy(value if value.flags.writeable else value.copy())
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -94,8 +94,17 @@ class ColaRec(nn.Module):
         return x_BLD
 
     def encode(self, inputs: dict) -> torch.Tensor:
-        """Encoder states (B, L, D); positions outside inputs["mask"] are meaningless."""
-        return self.encoder(inputs_embeds=self.embed(inputs), attention_mask=inputs["mask"]).last_hidden_state
+        """Encoder states (B, L, D); positions outside inputs["mask"] are meaningless.
+
+        Rows in `groups` of like length are encoded group by group, each no wider than it must be.
+        """
+        x_BLD, mask_BL = self.embed(inputs), inputs["mask"]
+        size, longest, _ = x_BLD.shape
+        parts = []
+        for begin, end, width in inputs.get("groups", [(0, size, longest)]):
+            part = {"inputs_embeds": x_BLD[begin:end, :width], "attention_mask": mask_BL[begin:end, :width]}
+            parts.append(F.pad(self.encoder(**part).last_hidden_state, (0, 0, 0, longest - width)))
+        return torch.cat(parts)
 
     def summary(self, states_BLD: torch.Tensor, inputs: dict) -> torch.Tensor:
         """h(X), (B, D): the states at eos."""
@@ -128,8 +137,8 @@ class ColaRec(nn.Module):
 
         A batch of `loader.eval_batches` gives `gid_log_likelihood` instead: ZeRO 3 gathers weights in forward only.
 
-        Each loss is a mean over the batch (cross-entropies over the levels, too), so that the mean over equal parts of
-        a batch is the loss of the whole. The targets of 'rec' and 'bpr' are weighted by their event type.
+        Each loss is a sum over the targets under the weights of the batch (cross-entropies are means over the levels),
+        so that the micro-batches of a step add up to its loss, however it was cut.
         """
         if "pair_gid" in batch:
             return self.gid_log_likelihood(batch)
@@ -137,7 +146,7 @@ class ColaRec(nn.Module):
         user_states = self.encode(batch["user"])
         if weights.rec:
             loss = self.gid_loss(user_states, batch["user"]["mask"], batch["gid"])
-            losses["rec"] = (loss.mean(1) * batch["weight"]).mean()
+            losses["rec"] = (loss.mean(1) * batch["weight"]).sum()
         if "item" in batch:
             item_states = self.encode(batch["item"])
             if weights.index:
@@ -149,11 +158,11 @@ class ColaRec(nn.Module):
             if weights.bpr:
                 h_user = self.summary(user_states, batch["user"]).float()
                 margin = (h_user * (h_item[batch["positive"]] - negative)).sum(-1)
-                losses["bpr"] = -(F.logsigmoid(margin) * batch["weight"]).mean()
+                losses["bpr"] = -(F.logsigmoid(margin) * batch["weight"]).sum()
             if weights.contrastive:
                 h_positive = h_item[batch["positive"]] / self.scale
                 margin = (h_positive * (h_item[batch["sibling"]] - negative)).sum(-1)
-                losses["contrastive"] = -(F.logsigmoid(margin) * batch["has_sibling"]).mean()
+                losses["contrastive"] = -(F.logsigmoid(margin) * batch["sibling_weight"]).sum()
         losses["loss"] = sum(getattr(weights, name) * loss for name, loss in losses.items())
         return losses
 

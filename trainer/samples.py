@@ -1,17 +1,25 @@
 """Samples from shards: blocks of user sequences, what is visible of a user at a target, and negatives."""
 
 import functools
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import webdataset as wds
 
 from contract import schema
 from contract.config import Config
 from contract.schema import Ragged
-from trainer.inputs import Catalog, History, gap_bucket
+from trainer.inputs import Catalog, History, gap_bucket, ragged_arange
+
+# What a stream of the loader holds at a time: about 40 bytes an event with all lookups, so 80 MB, whatever the size of
+# the shard.
+MAX_BLOCK_EVENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -41,21 +49,60 @@ def pair_key(row: np.ndarray, item_idx: np.ndarray) -> np.ndarray:
     return (row.astype(np.int64) << 32) | item_idx
 
 
-def read_shard(shard: Path) -> Block:
-    """All users of a shard. Raises ValueError when it cannot be read as one."""
-    pipeline = wds.DataPipeline(wds.SimpleShardList([str(shard)]), wds.tarfile_to_samples())
+def read_shard(shard: str | Path) -> Block:
+    """All users of a shard at once. Raises as `read_blocks` does."""
+    return next(read_blocks(shard, sys.maxsize))
+
+
+def read_blocks(shard: str | Path, max_events: int = MAX_BLOCK_EVENTS) -> Iterator[Block]:
+    """The users of a shard, in its order, in blocks of at most so many events (or of one tar member).
+
+    Args:
+        shard: a path, or any URL that fsspec opens; it is read forwards, once, and never held whole.
+
+    Raises:
+        FileNotFoundError: there is no such shard.
+        ValueError: it cannot be read as one.
+    """
+    tables, num_events = [], 0
+    for table in _members(shard):
+        more = pc.sum(pc.list_value_length(table["item_idx"])).as_py() or 0
+        if tables and num_events + more > max_events:
+            yield _block(shard, tables)
+            tables, num_events = [], 0
+        tables.append(table)
+        num_events += more
+    yield _block(shard, tables)
+
+
+def _members(shard: str | Path) -> Iterator[pa.Table]:
+    remedy = "build the corpus again with spark-submit etl/build.py, or copy its shards to data.shards_url again"
+    found = False
     try:
-        tables = [pa.ipc.open_stream(member["arrow"]).read_all().cast(schema.SEQUENCES) for member in pipeline]
-        table = pa.concat_tables(tables).combine_chunks()
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"shard {shard} cannot be read: {error}; run again: spark-submit etl/build.py") from error
+        with fsspec.open(str(shard), "rb") as stream:
+            files = wds.tariterators.tar_file_expander([{"url": str(shard), "stream": stream}])
+            for member in wds.tariterators.group_by_keys(files):
+                found = True
+                yield pa.ipc.open_stream(member["arrow"]).read_all().cast(schema.SEQUENCES)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"shard {shard} is missing; {remedy}") from error
+    except ImportError as error:
+        raise ValueError(f"shard {shard} cannot be read: {error}") from None  # it names the package to install
+    except Exception as error:  # tar, Arrow, network: every file system has exceptions of its own
+        raise ValueError(f"shard {shard} cannot be read: {error}; {remedy}") from error
+    if not found:
+        raise ValueError(f"shard {shard} is empty; {remedy}")
+
+
+def _block(shard: str | Path, tables: list[pa.Table]) -> Block:
+    table = pa.concat_tables(tables).combine_chunks()
     return Block(
         table["user_idx"].to_numpy(),
         schema.ragged(table["item_idx"]),
         schema.ragged(table["ts"]).values,
         schema.ragged(table["event"]).values,
         schema.ragged(table["is_target"]).values,
-        shard.name,
+        str(shard).rpartition("/")[2],
     )
 
 
@@ -128,16 +175,20 @@ def _sample(
     rng: np.random.Generator,
 ) -> History:
     """`num_items` events of [begin, end) without `left_out`, without order (the paper's histories)."""
-    width = max(int((end - begin).max(initial=0)), num_items)
-    event = begin[:, None] + np.arange(width)
-    allowed = (event < end[:, None]) & (event != left_out[:, None])
+    counts = end - begin
+    row = np.repeat(np.arange(len(begin)), counts)
+    event = np.repeat(begin, counts) + ragged_arange(counts)
     # Equal items of a user are one item: none may tell what the target is.
-    safe = np.where(allowed, event, 0)
-    target_item = block.item_idx.values[np.maximum(left_out, 0)]
-    allowed &= (block.item_idx.values[safe] != target_item[:, None]) | (left_out[:, None] < 0)
-    order = np.argsort(np.where(allowed, rng.random(event.shape), 2.0), axis=1)[:, :num_items]
-    filled = np.take_along_axis(allowed, order, 1)
-    history = _lookup(block, np.where(filled, np.take_along_axis(event, order, 1), 0), filled)
+    item, target_item = block.item_idx.values, block.item_idx.values[np.maximum(left_out, 0)]
+    allowed = (left_out[row] < 0) | (item[event] != target_item[row])
+    row, event = row[allowed], event[allowed]
+    # Rows keep their places, and within one the events come in random order; its first ones are the sample.
+    event = event[np.lexsort((rng.random(len(row)), row))]
+    column = ragged_arange(np.bincount(row, minlength=len(begin)))
+    taken = column < num_items
+    sample, filled = np.zeros((len(begin), num_items), np.int64), np.zeros((len(begin), num_items), bool)
+    sample[row[taken], column[taken]], filled[row[taken], column[taken]] = event[taken], True
+    history = _lookup(block, sample, filled)
     return replace(history, event=np.zeros_like(history.event))
 
 
@@ -170,7 +221,8 @@ def draw_negatives(catalog: Catalog, block: Block, targets: np.ndarray, rng: np.
 
 def draw_siblings(catalog: Catalog, item_idx: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """int64: for each item another one of the same l-1 prefix, i+ of the contrastive loss; 0 where there is none."""
-    begin, size = catalog.siblings.offsets[catalog.group[item_idx]], catalog.siblings.lengths[catalog.group[item_idx]]
+    group = catalog.group[item_idx]
+    begin, size = catalog.siblings.offsets[group], catalog.siblings.lengths_at(group)
     choice = (rng.random(len(item_idx)) * np.maximum(size - 1, 1)).astype(np.int64)
     sibling = catalog.siblings.values[begin + choice]
     # Drawn from all but the last; where the draw is the item itself, the last stands in for it: uniform over the rest.

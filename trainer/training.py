@@ -107,7 +107,6 @@ class Training:
                 window = Window(self.engine.device)
             if step % self.config.train.save_every == 0 and not self._validation_is_due():
                 self._save()
-            self._stop_if_asked()
 
     def _batches(self) -> torch.utils.data.DataLoader:
         steps = range(self.state["step"], self.num_steps)
@@ -115,7 +114,9 @@ class Training:
             self.config, self.catalog, self.shards, self.rank, self.world_size, steps, self.epoch_steps
         )
         pin = self.engine.device.type == "cuda"
-        return torch.utils.data.DataLoader(data, batch_size=None, num_workers=self.config.train.workers, pin_memory=pin)
+        return torch.utils.data.DataLoader(
+            data, batch_size=None, collate_fn=loader.pack, num_workers=self.config.train.workers, pin_memory=pin
+        )
 
     def _is_done(self) -> bool:
         if 0 < self.config.train.patience <= self.state["stale"]:
@@ -129,27 +130,45 @@ class Training:
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step, self.num_steps)
-        for _ in range(self.engine.gradient_accumulation_steps()):
-            begin = time.monotonic()
-            batch = next(batches)
-            window.count(batch)
-            batch = loader.to_device(batch, self.engine.device)
-            window.loader_seconds += time.monotonic() - begin
+        begin = time.monotonic()
+        micros = loader.unpack(next(batches), self.engine.device)
+        window.loader_seconds += time.monotonic() - begin
+        num_passes = self._agree(len(micros))
+        micros += [loader.filler(micros[0])] * (num_passes - len(micros))
+        for number, batch in enumerate(micros, 1):
+            self.engine.set_gradient_accumulation_boundary(number == num_passes)
             losses = self.engine(batch)
-            self.engine.backward(_spoilt_unless_finite(losses["loss"]))
-            self.engine.step()
+            self.engine.backward(_spoilt_unless_finite(losses["loss"]), scale_wrt_gas=False)
             seen.append(({name: loss.detach() for name, loss in losses.items()}, batch["shard"]))
+            window.count(batch)
+        self.engine.step()
         window.steps += 1
         window.grad_norm = float(self.engine.get_global_grad_norm())
         if math.isfinite(window.grad_norm):
-            for losses, _ in seen:
-                window.add(losses)
+            window.add([losses for losses, _ in seen])
             if self.config.train.ema:
                 engine_state.update_ema(self.engine, self.config.train.ema)
         else:
             self._skip_or_stop(step, window.grad_norm, [(losses["loss"], shard) for losses, shard in seen])
         self.state["step"] = step + 1
         self.progress.status(self._status(window))
+
+    def _agree(self, num_passes: int = 0) -> int:
+        """The most passes that a rank needs for a step: all make as many, as gradients are reduced within them. Leaves
+        when a signal has reached any rank since the ranks last agreed, before that step (all ranks)."""
+        agreed = torch.tensor([num_passes, self._signal], device=self.engine.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        num_passes, asked = agreed.tolist()
+        if asked:
+            self._stop(SIGNALS[asked - 1])
+        return num_passes
+
+    def _stop(self, number: signal.Signals) -> None:
+        step = self.state["step"]
+        if step != self._saved_step:
+            self._save()
+        self.progress(f"{number.name}: stopped at step {step}; the same command goes on from there")
+        raise KeyboardInterrupt if number == signal.SIGINT else Preempted
 
     def _skip_or_stop(self, step: int, grad_norm: float, seen: list[tuple[torch.Tensor, str]]) -> None:
         """The engine did not apply the step, as its gradient is not finite; a loss on some rank may be the reason."""
@@ -174,18 +193,6 @@ class Training:
         if self.rank == 0 or bad:
             self.progress.everywhere(f"skipped: {what}")
         self.run.metrics({"train/skipped": self.state["skipped"]}, step + 1)
-
-    def _stop_if_asked(self) -> None:
-        """Saves and leaves, all ranks after the same step, when a signal reached any of them."""
-        asked = torch.tensor(self._signal, device=self.engine.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if not asked:
-            return
-        number, step = SIGNALS[int(asked) - 1], self.state["step"]
-        if step != self._saved_step:
-            self._save()
-        self.progress(f"{number.name}: stopped at step {step}; the same command goes on from there")
-        raise KeyboardInterrupt if number == signal.SIGINT else Preempted
 
     def _save(self) -> None:
         step = self.state["step"]
@@ -248,7 +255,7 @@ class Training:
         begin, step = time.monotonic(), self.state["step"]
         with self._model_to_evaluate() as model:
             device = self.engine.device
-            measured = validate(self.config, self.corpus, self.catalog, self.tree, model, device, self._stop_if_asked)
+            measured = validate(self.config, self.corpus, self.catalog, self.tree, model, device, self._agree)
         best, epoch = self.state["best"], round(step / self.epoch_steps, 2)
         name, sign = ("ndcg@10", 1) if self.config.train.best == "ndcg" else ("rec", -1)
         better = not best or sign * measured[name] > sign * best[name]
@@ -293,7 +300,7 @@ class Training:
 
 
 class Window:
-    """Sums between two lines of progress."""
+    """Sums between two lines of progress; the losses of a step are the sums of those of its micro-batches."""
 
     def __init__(self, device: torch.device):
         self.start, self.steps, self.loader_seconds = time.monotonic(), 0, 0.0
@@ -302,16 +309,15 @@ class Window:
         self._sums = torch.zeros(0, device=device)
         self._count = self._tokens = self._positions = 0
 
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
-        values = torch.stack([loss.float() for loss in losses.values()])
+    def add(self, losses: list[dict[str, torch.Tensor]]) -> None:
+        """Adds a step that was applied: the losses of its micro-batches, of which it has the sums."""
+        values = sum(torch.stack([loss.float() for loss in micro.values()]) for micro in losses)
         self._sums = self._sums + values if self.names else values
-        self.names, self._count = list(losses), self._count + 1
+        self.names, self._count = list(losses[0]), self._count + 1
 
     def count(self, batch: dict) -> None:
-        """Counts the encoder positions of a batch on the CPU, and those of them that do not pad."""
-        for mask in (batch[name]["mask"] for name in ("user", "item") if name in batch):
-            self._positions += mask.numel()
-            self._tokens += int(mask.sum())
+        self._tokens += batch["num_tokens"]
+        self._positions += batch["num_positions"]
 
     def means(self) -> dict[str, float]:
         """Means over the ranks: of the losses, which are means over the window; of tokens, positions and

@@ -27,7 +27,7 @@ def validate(
     tree: GidTree,
     model: ColaRec,
     device: torch.device,
-    between: Callable[[], None],
+    between: Callable[[], object],
 ) -> dict[str, float]:
     """Means over the sample of `train.eval_users`, which is the same at any number of ranks (all ranks).
 

@@ -1,5 +1,8 @@
 """Ragged columns and the readers of corpus/ and gid/ tables."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,10 +76,55 @@ def test_a_missing_column_is_named(tmp_path):
         schema.read_gids(tmp_path)
 
 
-def test_items_without_sampled_users_have_an_empty_row(tmp_path):
+def test_mapped_item_users_have_an_empty_row_where_there_are_none(tmp_path):
     table = pa.table([[3, 1], [[9], [7, 8]]], schema=schema.ITEM_USERS)
     pq.write_table(table, tmp_path / "item_users.parquet")
-    assert rows(schema.read_item_users(tmp_path, 4)) == [[], [7, 8], [], [9], []]
+    users = schema.map_item_users(tmp_path, 4)
+    assert rows(users) == [[], [7, 8], [], [9], []]
+    assert users.values.dtype == np.int64
+
+
+def test_mapped_tokens_equal_those_in_memory(tmp_path):
+    """The table as Spark writes it, a folder of several files, the rows in any order."""
+    rng = np.random.default_rng(0)
+    tokens = [rng.integers(3, 99, rng.integers(0, 9)).tolist() for _ in range(3000)]
+    item_idx = 1 + rng.permutation(3000)
+    (tmp_path / "items.parquet").mkdir()
+    for number, part in enumerate(np.array_split(np.arange(3000), 3)):
+        idx, texts = item_idx[part].tolist(), [""] * len(part)
+        columns = [idx, texts, texts, [tokens[i - 1] for i in idx], [0] * len(part), [0] * len(part)]
+        pq.write_table(pa.table(columns, schema=schema.ITEMS), tmp_path / f"items.parquet/part-{number}.parquet")
+    mapped = schema.map_tokens(tmp_path, 3000)
+    assert rows(mapped) == [[], *tokens] == rows(schema.read_items(tmp_path).tokens)
+    assert mapped.values.dtype == np.int32
+    assert not mapped.values.flags.writeable  # the file's pages, not a copy
+    assert mapped.lengths_at(np.array([[2, 0]])).tolist() == [[len(tokens[1]), 0]]
+    # The second reader takes what the first one wrote.
+    shutil.rmtree(tmp_path / "items.parquet")
+    assert rows(schema.map_tokens(tmp_path, 3000)) == [[], *tokens]
+
+
+def test_mapped_tokens_of_items_without_text(tmp_path):
+    pq.write_table(pa.table([[1], [""], [""], [[]], [0], [0]], schema=schema.ITEMS), tmp_path / "items.parquet")
+    assert rows(schema.map_tokens(tmp_path, 1)) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("item_idx", "error"), [([1, 1], "is there twice"), ([0, 1], r"not within 1\.\.2"), ([1, 3], r"not within 1\.\.2")]
+)
+def test_mapped_rows_out_of_place_are_refused(tmp_path, item_idx, error):
+    pq.write_table(pa.table([item_idx, [[5], [6]]], schema=schema.ITEM_USERS), tmp_path / "item_users.parquet")
+    with pytest.raises(ValueError, match=error):
+        schema.map_item_users(tmp_path, 2)
+    assert not (tmp_path / ".item_users.user_idxs").exists()
+
+
+def test_processes_that_map_at_once_get_the_same_table(tmp_path):
+    pq.write_table(pa.table([[2, 1], [[9], [7, 8]]], schema=schema.ITEM_USERS), tmp_path / "item_users.parquet")
+    with ThreadPoolExecutor(8) as threads:
+        tables = list(threads.map(lambda _: rows(schema.map_item_users(tmp_path, 2)), range(8)))
+    assert tables == [[[], [7, 8], [9]]] * 8
+    assert sorted(file.name for file in (tmp_path / ".item_users.user_idxs").iterdir()) == ["offsets.npy", "values.npy"]
 
 
 def test_interactions_are_those_of_the_split_without_repeats(tmp_path):

@@ -145,7 +145,7 @@ def check_whole(artifact):
             assert [items.item_ids[item] for item in chosen] == [e[1] for e in of_user if e[3] == code]
             targets[code] += len(chosen)
     assert all(targets[code] == of_split[code] for code in range(3))
-    user_lists = schema.read_item_users(artifact.path, items.num_items)
+    user_lists = schema.map_item_users(artifact.path, items.num_items)
     for item in range(1, items.num_items + 1):
         sample = {user_ids[user] for user in user_lists.row(item).tolist()}
         whole = {user for user, rows in train.items() if items.item_ids[item] in {row[1] for row in rows}}

@@ -19,7 +19,7 @@ def room(tmp_path):
 def test_losses_and_gradients(room):
     config, corpus, catalog, model = room
     shards = loader.shard_paths(corpus, "train")
-    batch = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(1), 10)))
+    (batch,) = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(1), 10)))
     found = {}
     for device in ("cpu", "cuda"):
         model.to(device).zero_grad()

@@ -1,11 +1,16 @@
+import dataclasses
+import itertools
 from collections import Counter
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 
+from contract.artifacts import open_artifact
+from contract.schema import Ragged
 from tests import tiny
-from trainer import loader, samples
+from trainer import inputs, loader, samples
 
 
 @pytest.fixture
@@ -14,37 +19,124 @@ def room(tmp_path):
     return config, corpus, catalog
 
 
+def with_train(room, **changes):
+    config, *rest = room
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes)), *rest
+
+
 def batches(room, rank=0, world_size=1, steps=range(25), workers=0):
+    """For each step the micro-batches of a rank."""
     config, corpus, catalog = room
     epoch_steps = loader.steps_per_epoch(config, corpus)
     data = loader.TrainBatches(
         config, catalog, loader.shard_paths(corpus, "train"), rank, world_size, steps, epoch_steps
     )
-    return list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers))
+    packed = torch.utils.data.DataLoader(data, batch_size=None, collate_fn=loader.pack, num_workers=workers)
+    return [loader.unpack(step, torch.device("cpu")) for step in packed]
 
 
 def content(batch, row):
     """What a sample is, whatever the width of its batch."""
-    user = {k: v[row][batch["user"]["mask"][row]].tolist() for k, v in batch["user"].items() if v.ndim == 2}
-    user.pop("content_row", None)  # a row number within the batch
+    names = ("token", "item", "user", "event", "recency", "gap")
+    user = {name: batch["user"][name][row][batch["user"]["mask"][row]].tolist() for name in names}
     items = batch["item"]["item"]
-    names = ("positive", "negative", *(["sibling"] if batch["has_sibling"][row] else []))
+    names = ("positive", "negative", *(["sibling"] if batch["sibling_weight"][row] else []))
     drawn = {name: items[batch[name][row]].max().item() for name in names}
     return str((user, batch["gid"][row].tolist(), drawn))
 
 
 def all_content(*ranks):
-    """Samples of each step, ranks one after another."""
-    return [[content(b, r) for b in step for r in range(len(b["gid"]))] for step in zip(*ranks, strict=True)]
+    """The samples of each step over all ranks and micro-batches, in any order; those that only fill up are left out."""
+    return [
+        sorted(content(b, r) for b in itertools.chain(*step) for r in range(len(b["gid"])) if b["weight"][r] > 0)
+        for step in zip(*ranks, strict=True)
+    ]
 
 
 def test_global_batch_is_the_same_at_any_world_size(room):
     one = all_content(batches(room))
-    two = all_content(*(batches(room, rank, 2) for rank in range(2)))
-    four = all_content(*(batches(room, rank, 4) for rank in range(4)))
     assert [len(step) for step in one] == [16] * 25
-    # A rank sorts its own samples by length.
-    assert [sorted(step) for step in one] == [sorted(step) for step in two] == [sorted(step) for step in four]
+    assert one == all_content(*(batches(room, rank, 2) for rank in range(2)))
+    assert one == all_content(*(batches(room, rank, 4) for rank in range(4)))
+
+
+def test_micro_batches_partition_the_rank_batch(room):
+    whole, budget = batches(room), 150
+    cut = batches(with_train(room, micro_tokens=budget))
+    assert all_content(cut) == all_content(whole)
+    assert {len(step) for step in whole} == {1}
+    assert min(len(step) for step in cut) > 1
+    for batch in itertools.chain(*cut):
+        assert sum(batch[side]["mask"].numel() for side in ("user", "item")) <= budget
+        assert batch["num_tokens"] == sum(int(batch[side]["mask"].sum()) for side in ("user", "item"))
+    lengths = torch.cat([batch["user"]["eos"] for batch in cut[0]])
+    assert torch.equal(lengths, lengths.sort().values)
+
+
+def test_a_target_beyond_the_budget_is_a_micro_batch_of_its_own(room):
+    cut = batches(with_train(room, micro_tokens=1))
+    assert [len(step) for step in cut] == [16] * 25
+    assert all_content(cut) == all_content(batches(room))
+
+
+def test_weights_add_up_to_the_shares_of_the_step(room):
+    for whole, *cut in zip(
+        batches(room), *(batches(with_train(room, micro_tokens=60), rank, 2) for rank in range(2)), strict=True
+    ):
+        expected = {
+            "weight": np.mean([tiny.EVENT_WEIGHTS[i % 2] for i in targets(whole[0])]),
+            "index_weight": 2.0,
+            "sibling_weight": float((whole[0]["sibling_weight"] > 0).sum()) / 16,
+        }
+        for name, value in expected.items():
+            ranks = [sum(batch[name].sum().item() for batch in step) for step in cut]
+            assert np.mean(ranks) == pytest.approx(value, rel=1e-5)
+            assert whole[0][name].sum().item() == pytest.approx(value, rel=1e-5)
+
+
+def targets(batch):
+    """item_idx of the targets, from GIDs as tests.tiny makes them."""
+    return (1 + batch["gid"] @ (4 ** torch.arange(2, -1, -1))).tolist()
+
+
+@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+def test_rows_of_a_batch_are_in_groups_of_like_length(room, encoding):
+    config, *rest = room
+    config = dataclasses.replace(config, history=dataclasses.replace(config.history, encoding=encoding, max_tokens=10))
+    for (batch,) in batches((config, *rest)):
+        for side in ("user", "item"):
+            lengths, groups = batch[side]["eos"] + 1, batch[side]["groups"]
+            assert torch.equal(lengths, lengths.sort().values)
+            assert [begin for begin, _, _ in groups] == [0, *(end for _, end, _ in groups[:-1])]
+            assert groups[-1][1] == len(lengths)
+            assert [width for _, _, width in groups] == [lengths[begin:end].max() for begin, end, _ in groups]
+        item_idx = batch["item"]["item"].max(1).values
+        assert len(item_idx.unique()) == len(item_idx)
+
+
+def test_padding_stays_below_a_tenth_where_lengths_are_skewed(room):
+    config, corpus, catalog = with_train(room, global_batch=128, length_groups=8, micro_tokens=8000)
+    config = dataclasses.replace(config, history=dataclasses.replace(config.history, encoding="tokens"))
+    lengths = np.minimum(np.random.default_rng(0).geometric(0.05, catalog.num_items), 100)
+    offsets = np.concatenate([[0, 0], np.cumsum(lengths)])
+    catalog = dataclasses.replace(catalog, tokens=Ragged(np.full(offsets[-1], 3), offsets))
+    found = list(itertools.chain(*batches((config, corpus, catalog))))
+    num_tokens = sum(batch["num_tokens"] for batch in found)
+    assert num_tokens > 0.9 * sum(batch["num_positions"] for batch in found)
+    assert num_tokens < 0.8 * sum(batch[side]["mask"].numel() for batch in found for side in ("user", "item"))
+
+
+def test_length_groups_are_the_best_cut():
+    rng = np.random.default_rng(0)
+    for num_rows, num_groups, longest in itertools.product((4, 9), (1, 2, 4), (1, 3, 20)):
+        lengths = np.sort(rng.integers(1, longest + 1, num_rows))
+        best = min(
+            sum((end - begin) * lengths[end - 1] for begin, end in itertools.pairwise((0, *inner, num_rows)))
+            for inner in itertools.combinations(range(1, num_rows), num_groups - 1)
+        )
+        groups = inputs.length_groups(lengths, num_groups)
+        assert len(groups) == num_groups
+        assert sum((end - begin) * width for begin, end, width in groups) == best
 
 
 def test_resumed_steps_are_those_of_the_unbroken_run(room):
@@ -61,10 +153,58 @@ def test_loader_processes_keep_the_order(room):
     assert all_content(batches(room)) == all_content(batches(room, workers=2))
 
 
+def test_packed_micro_batches_are_what_they_were(room):
+    config, corpus, catalog = with_train(room, micro_tokens=150)
+    data = loader.TrainBatches(config, catalog, loader.shard_paths(corpus, "train"), 0, 1, range(3), 10)
+    for micros in data:
+        found = loader.unpack(loader.pack(micros), torch.device("cpu"))
+        assert len(found) == len(micros) > 1
+        for before, after in zip(micros, found, strict=True):
+            assert_equal(before, after)
+
+
+def test_packing_keeps_ids_of_any_size():
+    ids = {str(bits): torch.tensor([0, 2**bits - 1, 2**bits]) for bits in (6, 7, 15, 31, 40)}
+    micro = ids | {"none": torch.zeros(0, 3, dtype=torch.int64), "share": torch.tensor([0.1, -2.0]), "shard": "a"}
+    (found,) = loader.unpack(loader.pack([micro]), torch.device("cpu"))
+    assert_equal(micro, found)
+
+
+def assert_equal(before, after):
+    if isinstance(before, dict):
+        assert before.keys() == after.keys()
+        for name in before:
+            assert_equal(before[name], after[name])
+    elif torch.is_tensor(before):
+        assert before.dtype == after.dtype
+        assert torch.equal(before, after)
+    else:
+        assert before == after
+
+
+def test_shards_at_a_url_give_the_same_batches(room):
+    config, corpus, catalog = room
+    for file in corpus.path.glob("*.tar"):
+        fsspec.filesystem("memory").pipe(f"/shards/{file.name}", file.read_bytes())
+        file.unlink()  # need not be in the corpus any more
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, shards_url="memory://shards"))
+    corpus = open_artifact(elsewhere, "corpus")
+    remote = batches((elsewhere, corpus, catalog))
+    for file in (shard["file"] for shard in corpus.manifest["shards"]["train"]):
+        (corpus.path / file).write_bytes(fsspec.filesystem("memory").cat(f"/shards/{file}"))
+    assert all_content(remote) == all_content(batches((config, dataclasses.replace(corpus, shards_url=""), catalog)))
+
+    fsspec.filesystem("memory").pipe("/shards/train-00001.tar", b"of another corpus")
+    with pytest.raises(ValueError, match=r"memory://shards/train-00001\.tar has 17 bytes, not \d+; copy the \.tar"):
+        loader.shard_paths(corpus, "train")
+    fsspec.filesystem("memory").rm("/shards/train-00001.tar")
+    with pytest.raises(ValueError, match=r"memory://shards/train-00001\.tar is missing; copy"):
+        loader.shard_paths(corpus, "train")
+
+
 def test_targets_weigh_what_their_event_type_does(room):
-    for batch in batches(room):
-        item_idx = 1 + batch["gid"] @ (4 ** torch.arange(2, -1, -1))  # as tests.tiny makes GIDs, and events below
-        assert batch["weight"].tolist() == [tiny.EVENT_WEIGHTS[i % 2] for i in item_idx.tolist()]
+    for (batch,) in batches(room):
+        assert (batch["weight"] * 16).tolist() == [tiny.EVENT_WEIGHTS[i % 2] for i in targets(batch)]
 
 
 def test_an_epoch_sees_about_every_target_once(room):
@@ -100,6 +240,20 @@ def test_eval_covers_every_user_once_at_any_world_size(room, world_size):
     assert sum(len(b["pair_row"]) for rank in ranks for b in rank) == 60
 
 
+def test_eval_batches_hold_the_targets_and_histories_of_their_users(room):
+    config, corpus, catalog = room
+    sequences, found = tiny.sequences(60, 40), 0
+    for batch in loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1):
+        for row, user_idx in enumerate(batch["user_idx"].tolist()):
+            *history, target = sequences[user_idx - 1].tolist()
+            assert batch["seen_item"][batch["seen_row"] == row].tolist() == history
+            assert batch["pair_gid"][batch["pair_row"] == row].tolist() == [catalog.gids[target].tolist()]
+            shown = batch["user"]["item"][row]
+            assert shown[shown > 0].tolist() == history[-config.history.eval_items :]
+            found += 1
+    assert found == 60
+
+
 def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
     config = tiny.tiny_config(tmp_path / "work", train__global_batch="18")
     with pytest.raises(ValueError, match="use 16 or 20"):
@@ -108,5 +262,5 @@ def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
         loader.check_batch_sizes(tiny.tiny_config(tmp_path / "work"), 4, 3)
     with pytest.raises(ValueError, match="2 train shards"):
         loader.check_batch_sizes(tiny.tiny_config(tmp_path / "work"), 2, 1)
-    with pytest.raises(ValueError, match="micro_batch 5"):
-        loader.check_batch_sizes(tiny.tiny_config(tmp_path / "work", train__micro_batch="5"), 4, 1)
+    with pytest.raises(ValueError, match=r"length_groups = 5 is more than the 4 targets"):
+        loader.check_batch_sizes(tiny.tiny_config(tmp_path / "work", train__length_groups="5"), 4, 4)

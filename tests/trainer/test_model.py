@@ -1,5 +1,7 @@
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ def room(tmp_path):
     def make(**overrides):
         config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", **overrides)
         shards = loader.shard_paths(corpus, "train")
-        batch = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(3), 10)))
+        (batch,) = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(3), 10)))
         return config, model, batch
 
     return make
@@ -24,7 +26,7 @@ def room(tmp_path):
 def rows_of(inputs, row):
     """One row of encoder inputs without padding, as a batch of one."""
     length = int(inputs["mask"][row].sum())
-    alone = {k: v[row : row + 1, :length] for k, v in inputs.items() if v.ndim == 2 and k != "gid"}
+    alone = {k: v[row : row + 1, :length] for k, v in inputs.items() if k not in ("gid", "groups") and v.ndim == 2}
     alone["eos"] = inputs["eos"][row : row + 1]
     if "content_tokens" in inputs:
         alone |= {k: inputs[k] for k in ("content_tokens", "content_offsets")}
@@ -61,17 +63,57 @@ def test_losses_are_those_of_the_equations(room, encoding):
     for row in range(size):
         user = state(batch["user"], row)
         positive, negative, sibling = (int(batch[n][row]) for n in ("positive", "negative", "sibling"))
-        share = batch["weight"][row] / size
-        expected["rec"] -= sum(log_p(model, user, batch["gid"][row].tolist())) / 3 * share
+        weight = batch["weight"][row]
+        expected["rec"] -= sum(log_p(model, user, batch["gid"][row].tolist())) / 3 * weight
         for i in (positive, negative):
             expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist())) / 3 / size
-        expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) * share
-        if batch["has_sibling"][row]:
+        expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) * weight
+        if batch["sibling_weight"][row]:
             expected["contrastive"] -= torch.log(torch.sigmoid(scale * h[positive] @ (h[sibling] - h[negative]))) / size
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(float(value), rel=1e-4), name
     weighted = sum(getattr(config.loss, name) * losses[name] for name in expected)
     assert losses["loss"].item() == pytest.approx(weighted.item(), rel=1e-5)
+
+
+def steps(config, corpus, catalog, rank=0, world_size=1, **changes):
+    """The first steps of a rank, as lists of micro-batches."""
+    train = dataclasses.replace(config.train, **changes)
+    config = dataclasses.replace(config, train=train)
+    return list(
+        loader.TrainBatches(config, catalog, loader.shard_paths(corpus, "train"), rank, world_size, range(3), 10)
+    )
+
+
+@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+@torch.no_grad()
+def test_losses_do_not_depend_on_the_cut_nor_on_the_ranks(tmp_path, encoding):
+    config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", history__encoding=encoding)
+
+    def losses(**kwargs):
+        """Of each step, the sums over its micro-batches."""
+        found = []
+        for micros in steps(config, corpus, catalog, **kwargs):
+            parts = [model(micro) for micro in micros]
+            found.append([sum(part[name].item() for part in parts) for name in parts[0]])
+        return np.array(found)
+
+    whole = losses(length_groups=1)
+    assert np.allclose(losses(length_groups=4), whole, rtol=1e-5)
+    assert np.allclose(losses(micro_tokens=150), whole, rtol=1e-5)
+    assert np.allclose(losses(micro_tokens=1, length_groups=3), whole, rtol=1e-5)  # target by target
+    ranks = [losses(rank=rank, world_size=2, micro_tokens=100) for rank in range(2)]
+    assert np.allclose(np.mean(ranks, 0), whole, rtol=1e-5)
+
+
+def test_a_filler_has_no_influence(tmp_path):
+    config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work")
+    micro = loader.filler(steps(config, corpus, catalog, micro_tokens=100)[0][0])
+    losses = model(micro)
+    assert {loss.item() for loss in losses.values()} == {0}
+    losses["loss"].backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert micro["num_tokens"] == 0
 
 
 def test_pooled_content_is_the_mean_of_the_token_embeddings(room):

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -99,11 +101,52 @@ def test_siblings_share_the_prefix(room):
         assert siblings == (expected or {0})
 
 
-def test_damaged_shard_is_named(room):
+def test_a_set_history_is_a_uniform_sample(room):
+    config, catalog, block, users = room(history__order="set", history__train_items="2")
+    targets = samples.train_targets(config, block)
+    rng, drawn = np.random.default_rng(0), [Counter() for _ in targets]
+    for _ in range(400):
+        history = samples.train_histories(config, catalog, block, targets, rng)
+        for counter, row in zip(drawn, history.item_idx.tolist(), strict=True):
+            assert len({i for i in row if i}) == sum(i > 0 for i in row)
+            counter.update(i for i in row if i)
+    for target, counter in zip(targets, drawn, strict=True):
+        others = [i for i in users[int(block.user_idx[block.row[target]])] if i != block.item_idx.values[target]]
+        assert set(counter) == set(others)
+        expected = 400 * min(2, len(others)) / len(others)
+        assert all(abs(count - expected) <= 5 * np.sqrt(expected) for count in counter.values())
+
+
+def test_blocks_hold_so_many_events_at_most_and_together_the_shard(room):
+    config, _, whole, _ = room()
+    shard = config.work_dir / "corpus" / "train-00000.tar"
+    blocks = list(samples.read_blocks(shard, max_events=45))
+    assert len(blocks) == 2  # of three members of about 20 events
+    assert max(len(block.item_idx.values) for block in blocks) <= 45
+    for name in ("user_idx", "ts", "event", "is_target"):
+        assert np.concatenate([getattr(block, name) for block in blocks]).tolist() == getattr(whole, name).tolist()
+    rows = [block.item_idx.row(i).tolist() for block in blocks for i in range(len(block.item_idx))]
+    assert rows == [whole.item_idx.row(i).tolist() for i in range(len(whole.item_idx))]
+
+
+@pytest.mark.parametrize("change", ["header", "content", "end", "all"])
+def test_damaged_shard_is_named(room, change):
     config, *_ = room()
     shard = config.work_dir / "corpus" / "train-00000.tar"
-    content = bytearray(shard.read_bytes())
-    content[512:1024] = b"x" * 512
-    shard.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match=r"train-00000\.tar cannot be read"):
+    content = shard.read_bytes()
+    damaged = {
+        "header": b"x" * 512 + content[512:],
+        "content": content[:512] + b"x" * 512 + content[1024:],
+        "end": content[:1000],
+        "all": b"",
+    }
+    shard.write_bytes(damaged[change])
+    with pytest.raises(ValueError, match=r"train-00000\.tar (cannot be read|is empty).*build the corpus again"):
         samples.read_shard(shard)
+
+
+def test_missing_shard_is_named(room):
+    config, *_ = room()
+    for shard in (config.work_dir / "corpus" / "train-00009.tar", "memory://nowhere/train-00000.tar"):
+        with pytest.raises(FileNotFoundError, match=r"shard .*/train-0000\d\.tar is missing; build"):
+            samples.read_shard(shard)

@@ -161,8 +161,7 @@ def test_what_is_logged(work):
     batches = loader.TrainBatches(
         config, training.catalog, training.shards, 0, 1, range(3), loader.steps_per_epoch(config, corpus)
     )
-    for batch, padding in zip(batches, record["train/padding_share"], strict=True):
-        tokens = [int(batch[name]["mask"].sum()) for name in ("user", "item")]
-        positions = [batch[name]["mask"].numel() for name in ("user", "item")]
-        assert padding == pytest.approx(1 - sum(tokens) / sum(positions))
+    for [batch], padding in zip(batches, record["train/padding_share"], strict=True):
+        tokens = sum(int(batch[name]["mask"].sum()) for name in ("user", "item"))
+        assert padding == pytest.approx(1 - tokens / batch["num_positions"])
     assert json.dumps(training.state)  # for state.json and the manifest
