@@ -323,6 +323,7 @@ class Tracking:
 
     uri: str = _opt("sqlite:///runs/mlflow.db", "MLflow tracking URI: sqlite:///path or http(s)://server")
     experiment: str = _opt("colarec", "MLflow experiment")
+    log_model: bool = _opt(True, "keep the trained model (weights, config, card) in MLflow as well")
     system_every: int = _opt(
         30,
         "seconds between two samples of what training uses of the first machine (CPU, memory, disk, GPUs); 0: none",

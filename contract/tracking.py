@@ -33,9 +33,10 @@ class Run:
             for name, value in values.items():
                 self._client.log_metric(self.run_id, name.replace("@", "_at_"), value, step=step, synchronous=False)
 
-    def artifact(self, path: Path) -> None:
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Logs a file, below `folder` of the run's artifacts."""
         if self._client:
-            self._client.log_artifact(self.run_id, str(path))
+            self._client.log_artifact(self.run_id, str(path), folder)
 
 
 @contextlib.contextmanager

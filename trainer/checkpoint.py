@@ -37,7 +37,7 @@ _FREE = {
     f"train.{name}"
     for name in (
         *("workers", "log_every", "save_every", "keep_last", "resume", "timeout"),
-        *("zero_stage", "micro_tokens", "eval_every", "patience", "non_finite", "max_skipped"),
+        *("zero_stage", "micro_tokens", "length_groups", "eval_every", "patience", "non_finite", "max_skipped"),
     )
 }
 Rows = dict[str, torch.Tensor]

@@ -10,6 +10,8 @@ from contract.artifacts import Artifact
 from contract.config import Config
 from trainer.model import ColaRec, ColaRecConfig
 
+CARD = "README.md"
+MODEL_FILES = (CARD, transformers.utils.CONFIG_NAME, transformers.utils.SAFE_WEIGHTS_NAME)
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -18,7 +20,7 @@ def write_model(path: Path, weights: dict[str, torch.Tensor], config: ColaRecCon
     config.architectures = [ColaRec.__name__]
     config.save_pretrained(path)
     safetensors.torch.save_file(weights, path / transformers.utils.SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-    (path / "README.md").write_text(card)
+    (path / CARD).write_text(card)
 
 
 def load_model(artifact: Artifact) -> ColaRec:

@@ -22,7 +22,7 @@ from contract.config import Config
 from contract.tracking import track
 from trainer import distributed, pretrained, tables
 from trainer.checkpoint import Checkpoints
-from trainer.export import model_card, write_model
+from trainer.export import CARD, MODEL_FILES, model_card, write_model
 from trainer.inputs import Catalog, read_catalog
 from trainer.model import ColaRec, init_items, model_config
 from trainer.training import Training
@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
             counts = {"num_parameters": num_parameters, **training.state, "seconds": round(training.seconds())}
             card = model_card(config, corpus, model.config, training.facts(), num_parameters)
             write_model(output.path, pretrained.merged(checkpoints.best_weights()), model.config, card)
-            run.artifact(output.path / "README.md")
+            for file in MODEL_FILES if config.tracking.log_model else (CARD,):
+                run.artifact(output.path / file, "model")
             config_train = {"train": vars(config.train), "world_size": world_size, "device": device.type}
             output.commit(counts, {"corpus": corpus.digest, "gid": gid.digest}, training=config_train)
             checkpoints.remove()

@@ -112,7 +112,6 @@ class Training:
                 window = Window(self.engine.device)
             if step % self.config.train.save_every == 0 and not self._validation_is_due():
                 self._save()
-            self._stop_if_asked()
 
     def batches(self) -> torch.utils.data.DataLoader:
         steps = range(self.state["step"], self.num_steps)
@@ -140,7 +139,7 @@ class Training:
         begin = time.monotonic()
         micros = loader.unpack(next(batches), self.engine.device)
         window.loader_seconds += time.monotonic() - begin
-        num_passes = self._most(len(micros))
+        num_passes = self._agree(len(micros))
         micros += [loader.filler(micros[0])] * (num_passes - len(micros))
         for number, batch in enumerate(micros, 1):
             self.engine.set_gradient_accumulation_boundary(number == num_passes)
@@ -162,11 +161,22 @@ class Training:
         self.state["step"] = step + 1
         self.progress.status(self._status(window))
 
-    def _most(self, count: int) -> int:
-        """The most passes that a rank needs for the step: all make as many, as gradients are reduced within them."""
-        most = torch.tensor(count, device=self.engine.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return int(most)
+    def _agree(self, num_passes: int = 0) -> int:
+        """The most passes that a rank needs for a step: all make as many, as gradients are reduced within them. Leaves
+        when a signal has reached any rank since the ranks last agreed, before that step (all ranks)."""
+        agreed = torch.tensor([num_passes, self._signal], device=self.engine.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        num_passes, asked = agreed.tolist()
+        if asked:
+            self._stop(SIGNALS[asked - 1])
+        return num_passes
+
+    def _stop(self, number: signal.Signals) -> None:
+        step = self.state["step"]
+        if step != self._saved_step:
+            self._save()
+        self.progress(f"{number.name}: stopped at step {step}; the same command goes on from there")
+        raise KeyboardInterrupt if number == signal.SIGINT else Preempted
 
     def _skip_or_stop(self, step: int, grad_norm: float, seen: list[tuple[torch.Tensor, str]]) -> None:
         """The engine did not apply the step, as its gradient is not finite; a loss on some rank may be the reason."""
@@ -191,18 +201,6 @@ class Training:
         if self.rank == 0 or bad:
             self.progress.everywhere(f"skipped: {what}")
         self.run.metrics({"train/skipped": self.state["skipped"]}, step + 1)
-
-    def _stop_if_asked(self) -> None:
-        """Saves and leaves, all ranks after the same step, when a signal reached any of them."""
-        asked = torch.tensor(self._signal, device=self.engine.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if not asked:
-            return
-        number, step = SIGNALS[int(asked) - 1], self.state["step"]
-        if step != self._saved_step:
-            self._save()
-        self.progress(f"{number.name}: stopped at step {step}; the same command goes on from there")
-        raise KeyboardInterrupt if number == signal.SIGINT else Preempted
 
     def _save(self) -> None:
         step = self.state["step"]
@@ -267,7 +265,7 @@ class Training:
         begin, step = time.monotonic(), self.state["step"]
         with self._model_to_evaluate() as model:
             device = self.engine.device
-            measured = validate(self.config, self.corpus, self.catalog, self.tree, model, device, self._stop_if_asked)
+            measured = validate(self.config, self.corpus, self.catalog, self.tree, model, device, self._agree)
         best, epoch = self.state["best"], round(step / self.epoch_steps, 2)
         name, sign = ("ndcg@10", 1) if self.config.train.best == "ndcg" else ("rec", -1)
         better = not best or sign * measured[name] > sign * best[name]

@@ -97,7 +97,7 @@ def test_a_disk_without_room_leaves_the_checkpoint_before(work, rest, capsys):
 
 def test_other_settings_are_refused_but_not_those_that_shape_nothing(work):
     inputs = {"corpus": json.loads((work / "checkpoints/run.json").read_text())["settings"]["digest of corpus/"]}
-    known = {"train__max_steps": "20", "train__zero_stage": "3", "train__micro_tokens": "60", "train__workers": "2"}
+    known = {"train__max_steps": "20", "train__zero_stage": "3", "train__micro_tokens": "150", "train__workers": "2"}
     assert checkpoint.Checkpoints(tiny.tiny_config(work, **known), inputs).find() == "run"
     with pytest.raises(ValueError, match=r"train.lr = 0.003, this one has 0.5; set it back"):
         checkpoint.Checkpoints(tiny.tiny_config(work, **known, train__lr="0.5"), inputs).find()
