@@ -10,6 +10,7 @@ import mlflow
 import pytest
 import safetensors.torch
 import torch
+from transformers import T5Config, T5ForConditionalGeneration
 
 from contract import cli
 from contract.config import to_toml
@@ -172,3 +173,26 @@ def test_it_learns_what_follows_what(work, train):
     assert min(valid) < 0.75
     ndcg = [float(x) for x in re.findall(r"ndcg@10 (\d+\.\d+)", output)]
     assert max(ndcg) > 3 * ndcg[0]
+
+
+def test_the_options_of_the_model_go_together_and_give_a_plain_one(work, train, tmp_path):
+    torch.manual_seed(3)
+    shape = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
+    T5ForConditionalGeneration(T5Config(vocab_size=60, **shape)).save_pretrained(tmp_path / "t5")
+    words = ["--model.lora_rank=2", f"--model.init={tmp_path / 't5'}", "--train.recompute=true", "--train.ema=0.9"]
+    code, output = train(work, *words, "--train.epochs=6", "--train.lr=1e-2", "--train.best=loss")
+    assert code == 0, output
+    assert f"starts from encoder and decoder of {tmp_path / 't5'}" in output
+    found = weights(work)
+    assert not [name for name in found if "lora" in name or "base_layer" in name]
+    frozen = safetensors.torch.load_file(tmp_path / "t5" / "model.safetensors")
+    norm = "encoder.final_layer_norm.weight"
+    assert torch.equal(found[norm], frozen[norm])
+    query = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert torch.linalg.matrix_rank(found[query] - frozen[query], atol=1e-5) == 2
+    valid = [float(x) for x in re.findall(r"valid loss (\d+\.\d+)", output)]
+    assert min(valid) < valid[0] - 0.05
+    client = mlflow.MlflowClient(f"sqlite:///{work.parent / 'mlflow.db'}")
+    [run] = client.search_runs([client.get_experiment_by_name("colarec").experiment_id])
+    logged = {file.path for file in client.list_artifacts(run.info.run_id, "model")}
+    assert logged == {"model/README.md", "model/config.json", "model/model.safetensors"}
