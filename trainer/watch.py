@@ -38,6 +38,8 @@ class Watch:
         self._peers: dict[socket.socket, str] = {}
         if world_size > 1:
             self._connect(world_size, device)
+            # Loader processes would hold the connections of a rank that was killed.
+            os.register_at_fork(after_in_child=self._close)
             threading.Thread(target=self._listen, daemon=True, name="watch").start()
 
     def __enter__(self) -> "Watch":
@@ -108,6 +110,10 @@ class Watch:
             # The main thread hangs in a collective, where no exception reaches it.
             print(f"error: {self._cause}", file=sys.stderr, flush=True)
             os._exit(EXIT_ERROR)
+
+    def _close(self) -> None:
+        for peer in self._peers:
+            peer.close()
 
     def _tell(self, lost: str) -> None:
         """Says why this rank leaves: '' for the end of its work."""
