@@ -221,9 +221,9 @@ class Loss:
 
     rec: float = _opt(1.0, "cross-entropy of the target's GID given the user", low=0)
     index: float = _opt(0.3, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
-    bpr: float = _opt(0.3, "the user ranks the positive above the negative item", low=0)
+    bpr: float = _opt(0.0, "the user ranks the positive above the negative item (the paper's ranking loss)", low=0)
     softmax: float = _opt(
-        0.0,
+        1.0,
         "cross-entropy of the positive among the items of the batch given the user, corrected for popularity",
         low=0,
     )
@@ -305,9 +305,9 @@ class Eval:
     cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of Recall@k and NDCG@k")
     beams: int = _opt(100, "beam width", low=1)
     hybrid: float = _opt(
-        0.0,
-        "weight of h(X_u) . h(X_i), the ranking score, beside the log-probability of the beam's candidates; 0: "
-        "ColaRec as in the paper",
+        4.0,
+        "weight of h(X_u) . h(X_i), the ranking score, beside the log-probability, over the best of the beam and the "
+        "best by that score; 0: the beam's alone, as in the paper",
         low=0,
     )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)

@@ -28,10 +28,11 @@ class Run:
         self.run_id = run_id
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Logs {name: number}; '@' becomes '_at_', which MLflow's names allow."""
+        """Logs {name: number}; '@' becomes '_at_' and commas go, as MLflow's names have none."""
         if self._client:
             for name, value in values.items():
-                self._client.log_metric(self.run_id, name.replace("@", "_at_"), value, step=step, synchronous=False)
+                allowed = name.replace("@", "_at_").replace(",", "")
+                self._client.log_metric(self.run_id, allowed, value, step=step, synchronous=False)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Logs a file, below `folder` of the run's artifacts."""

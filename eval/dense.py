@@ -1,12 +1,14 @@
 """The other half of what training learned: h(X_u) . h(X_i), the score that the BPR loss ranks items by.
 
-Alone it is dense retrieval over all items; added to the log-probability of the beam's candidates it is the hybrid.
+Alone it is dense retrieval over all items. The hybrid takes the best candidates of the beam and as many of dense
+retrieval, and ranks them by the sum of the log-probability and this score.
 
 Axes in names: B users, N candidates, I items, D width.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from contract.config import Config
 from trainer.beam import best_items
@@ -29,24 +31,26 @@ def item_vectors(config: Config, model: ColaRec, catalog: Catalog, device: torch
 
 
 @torch.no_grad()
-def user_vectors(model: ColaRec, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def user_vectors(model: ColaRec, states_BLD: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """h(X_u), float32 (B, D)."""
-    return model.summary(model.encode(inputs), inputs).float()
+    return model.summary(states_BLD, inputs).float()
 
 
 def hybrid(
     item_BN: torch.Tensor, log_p_BN: torch.Tensor, user_BD: torch.Tensor, item_ID: torch.Tensor, weight: float, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of a beam's candidates by log p(GID | X_u) + weight * h(X_u) . h(X_i).
+    """The k best of the candidates by log p(GID | X_u) + weight * h(X_u) . h(X_i).
 
     Args:
-        item_BN, log_p_BN: as `beam_search` returns them.
+        item_BN, log_p_BN: as `beam_search` returns them; an item counts once.
 
     Returns:
         item_idx int64 (B, k) and the sum, as `beam_search` does.
     """
+    ordered_BN, order_BN = item_BN.sort(dim=1, stable=True)
+    again_BN = F.pad(ordered_BN[:, 1:] == ordered_BN[:, :-1], (1, 0)).gather(1, order_BN.argsort(1))
     score_BN = log_p_BN + weight * torch.einsum("bd,bnd->bn", user_BD, item_ID[item_BN])
-    return best_items(item_BN, score_BN, k)
+    return best_items(item_BN, score_BN.masked_fill(again_BN | (item_BN == 0), -torch.inf), k)
 
 
 def build_index(item_ID: torch.Tensor):

@@ -29,7 +29,7 @@ from eval import baselines, dense, metrics, table
 from eval.users import EvalUsers, read_eval_users
 from gid.tree import GidTree
 from trainer import loader
-from trainer.beam import beam_search
+from trainer.beam import beam_search, gid_log_p
 from trainer.distributed import process_group
 from trainer.export import load_model
 from trainer.inputs import read_catalog
@@ -85,7 +85,7 @@ def recommend(
     k, weight, beams = max(config.eval.cutoffs), config.eval.hybrid, config.eval.beams
     if weight:
         item_vectors = dense.item_vectors(config, model, catalog, device)
-        index = dense.build_index(item_vectors)
+        index, gids = dense.build_index(item_vectors), torch.from_numpy(catalog.gids).to(device)
     num_batches = loader.num_eval_batches(inputs["corpus"], config.eval.split, config.eval.batch, world_size)
     batches = loader.eval_batches(
         config, catalog, inputs["corpus"], config.eval.split, config.eval.batch, rank, world_size
@@ -95,12 +95,16 @@ def recommend(
         real = batch["user_idx"].numpy() > 0  # the rest only fills up
         batch = loader.to_device(batch, device)
         seen = (batch["seen_row"], batch["seen_item"]) if config.eval.mask_seen else (None, None)
-        items, scores = beam_search(model, tree, batch["user"], beams, beams if weight else k, *seen)
+        with torch.no_grad():
+            states = model.encode(batch["user"])
+        items, scores = beam_search(model, tree, batch["user"], beams, beams if weight else k, *seen, states)
         found = {"user_idx": batch["user_idx"]}
         if weight:
-            user_vectors = dense.user_vectors(model, batch["user"])
-            found["generative"] = items[:, :k].int()
-            found["dense"] = dense.search(index, user_vectors, k, *seen).int()
+            user_vectors = dense.user_vectors(model, states, batch["user"])
+            near = dense.search(index, user_vectors, beams, *seen).to(device)
+            found |= {"generative": items[:, :k].int(), "dense": near[:, :k].int()}
+            items = torch.cat([items, near], 1)
+            scores = torch.cat([scores, gid_log_p(model, states, batch["user"]["mask"], gids[near])], 1)
             items, scores = dense.hybrid(items, scores, user_vectors, item_vectors, weight, k)
         found |= {"item_idx": items.int(), "score": scores}
         lists.append({name: values.cpu().numpy()[real] for name, values in found.items()})

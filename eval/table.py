@@ -65,7 +65,11 @@ def protocol(config: Config, num_users: int, num_items: int, device: str, **fact
         "training": f"at most {train.epochs} epochs, global batch {train.global_batch}, lr {train.lr:g}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()),
         "decoding": f"{config.eval.beams} beams over the GIDs of all items"
-        + (f", ranked with {config.eval.hybrid:g} h(X_u) . h(X_i)" if config.eval.hybrid else ""),
+        + (
+            f"; with as many by h(X_u) . h(X_i), ranked by log p + {config.eval.hybrid:g} of that"
+            if config.eval.hybrid
+            else ""
+        ),
         **facts,
         "device": device,
         "date": time.strftime("%Y-%m-%d"),

@@ -25,18 +25,20 @@ def beam_search(
     num_results: int,
     seen_row: torch.Tensor | None = None,
     seen_item: torch.Tensor | None = None,
+    states_BLD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable items of each user.
 
     Args:
         inputs: X_u of B users, see `trainer.inputs.user_inputs`.
+        states_BLD: what the encoder makes of them, where that is known.
         seen_row, seen_item: int64 (S,), (user row, item_idx) pairs that must not be returned.
 
     Returns:
         item_idx int64 (B, num_results), best first, equal scores by item_idx, 0 where there are no more items; and
         their log p(GID | X_u), float32, -inf where there are none.
     """
-    decoder = Decoder(model, model.encode(inputs), inputs["mask"])
+    decoder = Decoder(model, model.encode(inputs) if states_BLD is None else states_BLD, inputs["mask"])
     batch, device = len(inputs["mask"]), inputs["mask"].device
     node_BN = torch.zeros(batch, 1, dtype=torch.long, device=device)
     score_BN = torch.zeros(batch, 1, device=device)
@@ -56,6 +58,22 @@ def beam_search(
         decoder.select(choice_BN // codes)
         x_BND = model.codebook_TKD[level, choice_BN % codes]
     raise AssertionError("a tree has at least one level")
+
+
+@torch.no_grad()
+def gid_log_p(model: ColaRec, states_BLD: torch.Tensor, mask_BL: torch.Tensor, gid_BNT: torch.Tensor) -> torch.Tensor:
+    """log p(GID | X_u), float32 (B, N), of N GIDs for each user: what `beam_search` would say of their items."""
+    decoder, (batch, count, length) = Decoder(model, states_BLD, mask_BL), gid_BNT.shape
+    x_BND = model.start_D.expand(batch, 1, -1)
+    log_p_BN = torch.zeros(batch, count, device=states_BLD.device)
+    for level in range(length):
+        code_BN = gid_BNT[..., level]
+        log_p_BNK = decoder.step(x_BND, level).float().log_softmax(-1).expand(-1, count, -1)
+        log_p_BN += log_p_BNK.gather(-1, code_BN[..., None])[..., 0]
+        if level == 0:  # one start for all
+            decoder.select(torch.zeros_like(code_BN))
+        x_BND = model.codebook_TKD[level, code_BN]
+    return log_p_BN
 
 
 def best_items(

@@ -50,7 +50,7 @@ def test_name_and_work_follow_the_file(tmp_path):
         ("", {"eval.cutoffs": "5,x"}, "eval.cutoffs=x: must be of type int"),
         ("", {"eval.mask_seen": "maybe"}, "eval.mask_seen=maybe: must be true or false"),
         ("[etl]\nrepeats = 'keep'", {}, "set eval.mask_seen = false"),
-        ("[loss]\nrec = 0\nindex = 0\nbpr = 0\ncontrastive = 0", {}, "nothing would be learned"),
+        ("[loss]\nrec = 0\nindex = 0\nsoftmax = 0\ncontrastive = 0", {}, "nothing would be learned"),
         ("train = 3", {}, "unknown setting 'train'"),
         ("[train\n", {}, "is not valid TOML"),
     ],

@@ -34,6 +34,14 @@ def test_the_hybrid_adds_the_ranking_score():
     assert dense.hybrid(item, log_p, users, vectors, 2.0, k=2)[0].tolist() == [[3, 2], [3, 0]]
 
 
+def test_a_candidate_that_is_there_twice_counts_once():
+    item = torch.tensor([[2, 1, 1, 2, 0, 3, 0]])
+    log_p = torch.tensor([[-2.0, -1.0, -1.0, -2.0, -0.5, -3.0, -0.5]])
+    found, score = dense.hybrid(item, log_p, torch.zeros(1, 2), torch.zeros(4, 2), 1.0, k=4)
+    assert found.tolist() == [[1, 2, 3, 0]]
+    assert score.tolist() == [[-1.0, -2.0, -3.0, -INF]]
+
+
 def test_equal_scores_are_ordered_by_item():
     item, log_p = torch.tensor([[9, 4, 7]]), torch.zeros(1, 3)
     assert dense.hybrid(item, log_p, torch.zeros(1, 2), torch.zeros(10, 2), 1.0, 3)[0].tolist() == [[4, 7, 9]]

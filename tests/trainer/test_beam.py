@@ -7,7 +7,7 @@ import torch
 from gid.tree import GidTree
 from tests import tiny
 from trainer import loader
-from trainer.beam import beam_search
+from trainer.beam import beam_search, gid_log_p
 
 
 @pytest.fixture
@@ -47,6 +47,16 @@ def test_wide_beam_equals_full_enumeration(room, tied):
     expected = scores.sort(descending=True, dim=1)
     assert torch.equal(item, expected.indices[:, :40])
     assert torch.allclose(score, expected.values[:, :40], atol=1e-4)
+
+
+@torch.no_grad()
+def test_log_p_of_given_items_is_that_of_enumeration(room):
+    model, _, catalog, batch = room()
+    states = model.encode(batch["user"])
+    items = torch.randint(1, catalog.num_items + 1, (len(states), 9), generator=torch.Generator().manual_seed(0))
+    found = gid_log_p(model, states, batch["user"]["mask"], torch.from_numpy(catalog.gids)[items])
+    expected = enumerate_items(model, catalog, batch).gather(1, items)
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_narrow_beam_follows_the_best_prefixes(room):
