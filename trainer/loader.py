@@ -91,7 +91,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         weight float32 (B,): of the targets in L_rec and L_bpr
         item: X_i of the distinct items in use, rows by length, with groups and gid (N, l), when a loss needs it; and
         into its rows positive (B,), negative (B,), sibling (B,)
-        log_q float32 (N,): log of how often an item is expected to be one of these N, for L_softmax
+        log_q float32 (N,): log of how often an item is drawn, up to a constant, for L_softmax
         sibling_weight float32 (B,): of the targets in L_c, 0 where there is no sibling
         index_rows (V,): the distinct positive and negative items; index_weight float32 (V,): of them in L_index
 
@@ -166,7 +166,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             distinct, rows = self._distinct_by_length(np.stack([drawn[name] for name in names]))
             batch["item"] = inputs.item_inputs(config, catalog, distinct, key=config.seed * 1_000_003 + step)
             batch |= dict(zip(names, rows, strict=True))
-            batch["log_q"] = self._log_expected(distinct, int(np.count_nonzero(share)), len(names))
+            batch["log_q"] = self._log_q(distinct, len(names))
             batch["sibling_weight"] = (drawn["sibling"] > 0) * share
             index_weight = np.bincount(rows[:2].ravel(), np.tile(share, 2), minlength=len(distinct))
             batch["index_rows"] = np.unique(rows[:2])
@@ -182,12 +182,11 @@ class TrainBatches(torch.utils.data.IterableDataset):
             "lengths": _lengths(batch),
         }
 
-    def _log_expected(self, distinct: np.ndarray, num_targets: int, num_names: int) -> np.ndarray:
-        """float32 (N,): log of how often an item is expected among the items of a micro-batch: positives come by
-        popularity, the others about uniformly. Infinite for repeated rows, which only fill up."""
-        expected = num_targets * (self.catalog.popularity[distinct] + (num_names - 1) / self.catalog.num_items)
-        repeated = np.append(False, distinct[1:] == distinct[:-1])
-        return np.where(repeated, np.inf, np.log(expected)).astype(np.float32)
+    def _log_q(self, item_idx: np.ndarray, num_names: int) -> np.ndarray:
+        """float32 (N,): log of how often an item is met per target, up to a constant: positives come by popularity,
+        negatives and siblings about uniformly."""
+        rate = self.catalog.popularity[item_idx] + (num_names - 1) / self.catalog.num_items
+        return np.log(rate).astype(np.float32)
 
     def _distinct_by_length(self, item_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The distinct items (N,) of item_idx (n, B), by the length of X_i, and int64 (n, B) into them."""

@@ -8,7 +8,8 @@
     L_contrastive -log sigma(h(X_i) . (h(X_i+) - h(X_i-)))
 
 L_softmax is not in the paper: sampled softmax over s_ui = h(X_u) . h(X_i), with the popularity of the sampled items
-taken out (Yi et al., RecSys 2019; q_i is how often i is expected in a batch).
+taken out (Yi et al., RecSys 2019; q_i is how often i is drawn). The items j are those of a pass on all ranks, so it is
+the same at any number of ranks, but not however a step is cut into passes (train.micro_tokens).
 
 h(X) is the encoder's state at eos. As in T5, dot products with tied embeddings are scaled by d_model^-0.5; the same
 scale is given to h . h, which the paper leaves unscaled: with RMS-normalised states it would start saturated.
@@ -17,6 +18,7 @@ Axes in names: B rows, L encoder positions, T levels of a GID (T = l), K codes, 
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, T5Config
@@ -228,8 +230,8 @@ class ColaRec(PreTrainedModel):
             negative = h_item[batch["negative"]]
             h_user = self.summary(user_states, batch["user"]).float()
             if weights["softmax"]:
-                logits = h_user @ h_item.T - batch["log_q"]
-                loss = F.cross_entropy(logits, batch["positive"], reduction="none")
+                item_N = batch["item"]["item"][:, 1]  # X_i begins with the task and the item's slot
+                loss = sampled_softmax(h_user, h_item, item_N, batch["log_q"], item_N[batch["positive"]])
                 losses["softmax"] = (loss * batch["weight"]).sum()
             if weights["bpr"]:
                 margin = (h_user * (h_item[batch["positive"]] - negative)).sum(-1)
@@ -245,6 +247,56 @@ class ColaRec(PreTrainedModel):
         """(P, T): log p of the codes of each (user, target) pair of a batch of `loader.eval_batches`."""
         states, rows = self.encode(batch["user"]), batch["pair_row"]
         return -self.gid_loss(states[rows], batch["user"]["mask"][rows], batch["pair_gid"])
+
+
+def sampled_softmax(
+    h_user_BD: torch.Tensor,
+    h_item_ND: torch.Tensor,
+    item_N: torch.Tensor,
+    log_q_N: torch.Tensor,
+    positive_B: torch.Tensor,
+) -> torch.Tensor:
+    """L_softmax of each target, float32 (B,), over the distinct items of this pass on all ranks; collective.
+
+    Args:
+        item_N: item_idx of the rows of h_item_ND; an item may be there more than once.
+        log_q_N: log of how often an item is drawn, up to a constant.
+        positive_B: item_idx of the targets, which are among item_N.
+    """
+    h_MD, item_M, log_q_M = _of_all_ranks(h_item_ND, item_N, log_q_N)
+    distinct_C, row_M = item_M.unique(return_inverse=True)
+    place_M = torch.arange(len(item_M), device=item_M.device)
+    first_C = torch.full_like(distinct_C, len(item_M)).scatter_reduce(0, row_M, place_M, "amin")
+    logits_BC = h_user_BD @ h_MD[first_C].T - log_q_M[first_C]
+    logits_BC = logits_BC.masked_fill(distinct_C == 0, -torch.inf)  # rows that only fill up
+    return F.cross_entropy(logits_BC, torch.searchsorted(distinct_C, positive_B), reduction="none")
+
+
+def _of_all_ranks(h_ND: torch.Tensor, *values_N: torch.Tensor) -> list[torch.Tensor]:
+    """Rows and their values of all ranks, which may have different numbers of them; zeros fill up."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return [h_ND, *values_N]
+    most = torch.tensor(len(h_ND), device=h_ND.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    missing = int(most) - len(h_ND)
+    padded = [F.pad(h_ND, (0, 0, 0, missing)), *(F.pad(values, (0, missing)) for values in values_N)]
+    return [_AllGather.apply(rows.contiguous()) for rows in padded]
+
+
+class _AllGather(torch.autograd.Function):
+    """The rows of all ranks, one after another; gradients return to the rank that a row came from."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def init_items(model: ColaRec, item_embeddings: torch.Tensor, seed: int) -> None:

@@ -105,3 +105,13 @@ def test_two_ranks_and_resuming_anywhere_give_the_same_losses(new_work, expected
     assert broken + mended == unbroken  # to the bit, at the same number of ranks
     back, _ = runs.fit(tmp_path / "three", {"train.zero_stage": "1"}, resume=True)
     assert back["train/loss"] == pytest.approx(expected[14:], **TOLERANCE)
+
+
+def test_the_softmax_over_the_items_of_all_ranks_is_that_of_one_rank(new_work, tmp_path):
+    settings = {"loss.softmax": "1", "loss.bpr": "0"}
+    one, _ = runs.fit(new_work("softmax-1"), settings)
+    new_work("softmax-2")
+    [two] = runs.on_ranks(2, tmp_path, [{"name": "softmax-2", "set": settings | {"train.zero_stage": "2"}}])
+    assert one["train/softmax"][0] > 2
+    for name in ("softmax", "loss", "grad_norm"):
+        assert two[f"train/{name}"] == pytest.approx(one[f"train/{name}"], **TOLERANCE), name

@@ -266,19 +266,18 @@ def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
         loader.check_batch_sizes(tiny.tiny_config(tmp_path / "work", train__length_groups="5"), 4, 4)
 
 
-def test_log_q_is_how_often_an_item_is_among_those_of_a_batch(tmp_path):
+def test_log_q_tells_how_often_an_item_is_drawn(tmp_path):
     config, corpus, catalog, _ = tiny.tiny_room(tmp_path / "work", loss__contrastive="0", train__length_groups="1")
     shards = loader.shard_paths(corpus, "train")
-    found = np.zeros(catalog.num_items + 1)
-    log_q = np.full(catalog.num_items + 1, np.nan)
     batches = [batch for (batch,) in loader.TrainBatches(config, catalog, shards, 0, 1, range(600), 10)]
-    gid_of = {tuple(gid): item for item, gid in enumerate(catalog.gids.tolist())}
+    drawn, rate = np.zeros(catalog.num_items + 1), np.zeros(catalog.num_items + 1)
     for batch in batches:
-        items = np.array([gid_of[tuple(gid)] for gid in batch["item"]["gid"].tolist()])
-        np.add.at(found, items[np.concatenate([batch["positive"], batch["negative"]])], 1)
-        log_q[items] = batch["log_q"]
-    expected = np.exp(log_q[1:])
-    assert expected.sum() == pytest.approx(2 * config.train.global_batch, rel=1e-5)
+        items = batch["item"]["item"][:, 1].numpy()
+        np.add.at(drawn, items[torch.cat([batch["positive"], batch["negative"]])], 1)
+        rate[items] = np.exp(batch["log_q"])
+    # Of a target there are one positive and one negative item.
+    assert rate.sum() == pytest.approx(2, rel=1e-5)
+    share = drawn / len(batches) / config.train.global_batch
     # A negative is never an item that its user has: on 40 items that is not quite uniform.
-    assert np.corrcoef(expected, found[1:])[0, 1] > 0.7
-    assert np.abs(expected - found[1:] / len(batches)).mean() < 0.1 * expected.mean()
+    assert np.corrcoef(rate[1:], share[1:])[0, 1] > 0.7
+    assert np.abs(rate - share).mean() < 0.1 * rate.mean()

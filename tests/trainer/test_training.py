@@ -155,7 +155,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(work, capsys):
 def test_what_is_logged(work):
     record, training = runs.fit(work, {"train.max_steps": "3"})
     assert record["train/lr"] == pytest.approx([3e-3, 3e-3, 1.5e-3])
-    names = ("rec", "index", "softmax", "contrastive", "loss", "grad_norm", "memory_gb")
+    names = ("rec", "index", "bpr", "contrastive", "loss", "grad_norm", "memory_gb")
     assert all(min(record[f"train/{name}"]) > 0 for name in names)
     # Counted again from the batches: positions of the encoder that do not pad.
     config, corpus = training.config, training.corpus
