@@ -41,6 +41,7 @@ OVERRIDES = {
     "train.length_groups": "2",
     "train.epochs": "2",
     "eval.beams": "20",
+    "eval.hybrid": "0",
     "eval.batch": "7",
 }
 

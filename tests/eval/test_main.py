@@ -31,12 +31,14 @@ def trained(tmp_path, group):
 
 def test_one_rank_and_two_give_the_same_numbers(trained):
     config, file, users = trained
-    main(["--config", str(file)])
+    main(["--config", str(file), "--eval.hybrid=4"])
     one = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
     lists = pq.read_table(config.work_dir / "eval" / "recommendations.parquet").to_pylist()
     # The launcher ends a rank's process without a word of its own on success.
     words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29519", "eval/main.py"]
-    done = subprocess.run([sys.executable, *words, "--config", str(file)], env=ENV, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words, "--config", str(file), "--eval.hybrid=4"], env=ENV, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     two = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
     assert two["models"] == one["models"]
@@ -51,7 +53,8 @@ def test_one_rank_and_two_give_the_same_numbers(trained):
         assert not set(row["item_idx"]) & set(sequence[:-1].tolist())  # seen items are masked
         hits += sequence[-1] in row["item_idx"][:10]
     assert one["models"]["ColaRec"]["recall@10"]["mean"] == pytest.approx(hits / 60)
-    assert set(one["models"]) == {"ColaRec", "popularity", "item_knn", "lightgcn"}
+    names = {"ColaRec", "ColaRec, generative", "ColaRec, dense", "popularity", "item_knn", "lightgcn"}
+    assert set(one["models"]) == names
 
 
 def test_the_hybrid_is_shown_beside_its_halves(trained):
@@ -64,7 +67,7 @@ def test_the_hybrid_is_shown_beside_its_halves(trained):
     assert results["models"]["ColaRec, generative"] == alone["models"]["ColaRec"]
     assert results["models"]["ColaRec"] != alone["models"]["ColaRec"]
     assert all(lead["over"] in ("popularity", "item_knn", "lightgcn") for lead in results["lead"].values())
-    assert "ranked with 0.5 h(X_u) . h(X_i)" in results["protocol"]["decoding"]
+    assert "ranked by log p + 0.5 of that" in results["protocol"]["decoding"]
 
 
 def test_a_model_of_another_history_is_refused(trained):
