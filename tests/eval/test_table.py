@@ -98,10 +98,10 @@ def test_what_is_not_results_is_refused(text, tmp_path):
 )
 def test_the_protocol_says_what_was_compared(overrides, expected, tmp_path):
     file = tmp_path / "small.toml"
-    file.write_text("[loss]\nindex = 1\nbpr = 0\n")
+    file.write_text("[loss]\nindex = 1\n")
     facts = table.protocol(config_module.load(str(file), overrides), 1234, 567, "2 x CPU", trained="3 min")
     assert facts.items() >= expected.items()
     assert facts["data"].startswith("small: 1,234 ")
     assert "567 items" in facts["data"]
     assert facts["trained"] == "3 min"
-    assert facts["training"].endswith("loss 1 rec + 1 index + 0.1 contrastive")
+    assert facts["training"].endswith("loss 1 rec + 1 index + 1 softmax + 0.1 contrastive")
