@@ -124,7 +124,8 @@ def free_port() -> int:
 def wait_for(what: str, there: Callable[[], bool], every: float = 0.1) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < until:
-        with contextlib.suppress(OSError):
+        # While it starts, the master is not there, or answers with another page than the JSON.
+        with contextlib.suppress(OSError, json.JSONDecodeError):
             if there():
                 return
         time.sleep(every)
