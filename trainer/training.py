@@ -85,7 +85,8 @@ class Training:
         state = self.state
         return {
             "training": f"{state['step']} steps of {self.config.train.global_batch} targets, seed {self.config.seed}",
-            **{f"valid {name}": f"{state['best'][name]:.4f}" for name in ("rec", "recall@10", "ndcg@10")},
+            "valid loss": f"{state['best']['rec']:.4f}",
+            **{f"valid {name}": f"{state['best'][name]:.4f}" for name in ("recall@10", "ndcg@10")},
             "kept": f"the weights after epoch {state['best_epoch']:g}, the best by {self.config.train.best}",
         }
 
@@ -242,8 +243,8 @@ class Training:
         left = round(left * seconds / window.steps)
         skipped = f"  {self.state['skipped']} skipped" if self.state["skipped"] else ""
         return (
-            f"step {step}/{self.num_steps}  {self._last_losses}  {rate:.0f} samples/s  "
-            f"{left // 60}:{left % 60:02} left{skipped}"
+            f"step {step}/{self.num_steps}  {rate:.0f} samples/s  {left // 60}:{left % 60:02} left{skipped}  "
+            f"{self._last_losses}"
         )
 
     def _peak_memory_gb(self) -> float:

@@ -61,7 +61,7 @@ def weights(work):
 
 
 def losses(output):
-    return [float(x) for x in re.findall(r" loss (\d+\.\d+)  \d+ samples/s", output)]
+    return [float(x) for x in re.findall(r"samples/s .* loss (\d+\.\d+)$", output, re.MULTILINE)]
 
 
 def test_resume_after_a_kill_equals_the_unbroken_run(work, train):
