@@ -1,5 +1,7 @@
 """Starting from T5's weights, and training small adapters instead of them (LoRA)."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, T5ForConditionalGeneration
 
@@ -23,6 +25,8 @@ def init_from_t5(model: ColaRec, config: Config) -> str:
         ValueError: no such checkpoint, or one of another shape; names the settings to change.
     """
     source = config.model.init
+    if source.startswith((".", "/")) and not Path(source).is_dir():
+        raise ValueError(f"model.init = {source!r}: there is no such folder")
     try:
         shape = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
