@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 import resource
-import signal
 import sys
 import tempfile
 import time
@@ -188,9 +187,7 @@ def _alone(args: argparse.Namespace, shape: str, who: str, settings: dict[str, s
 def _measure(file: str, overrides: dict[str, str], who: str, num_steps: int) -> dict:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     config = config_module.load(file, overrides)
-    row = (measure_peer if who == "peer" else measure_ours)(config, num_steps)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's handler would survive the end of the pool
-    return row
+    return (measure_peer if who == "peer" else measure_ours)(config, num_steps)
 
 
 def save(rows: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""The other half of what training learned: h(X_u) . h(X_i), the score that the BPR loss ranks items by.
+"""The other half of what training learned: h(X_u) . h(X_i), the score that the ranking losses train.
 
 Alone it is dense retrieval over all items. The hybrid takes the best candidates of the beam and as many of dense
 retrieval, and ranks them by the sum of the log-probability and this score.

@@ -93,12 +93,11 @@ def _masters(engine) -> list[torch.Tensor]:
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    return list(engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else _flat_partitions(engine.optimizer))
-
-
-def _flat_partitions(optimizer) -> list[torch.Tensor]:
-    """Of DeepSpeed's optimizer for stages 1 and 2."""
-    return optimizer.single_partition_of_fp32_groups
+    return list(
+        engine.optimizer.fp32_partitioned_groups_flat
+        if stage == 3
+        else engine.optimizer.single_partition_of_fp32_groups
+    )
 
 
 def _set(engine, parameter: torch.nn.Parameter, key: str, value: torch.Tensor) -> None:

@@ -205,16 +205,12 @@ class ColaRec(PreTrainedModel):
         logits = self.code_logits(d_BTD).float()
         return F.cross_entropy(logits.flatten(0, 1), gid_BT.flatten(), reduction="none").view_as(gid_BT)
 
-    def forward(self, batch: dict) -> dict[str, torch.Tensor] | torch.Tensor:
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Losses as float32 scalars: those in use by name, and 'loss', their weighted sum.
-
-        A batch of `loader.eval_batches` gives `gid_log_likelihood` instead: ZeRO 3 gathers weights in forward only.
 
         Each loss is a sum over the targets under the weights of the batch (cross-entropies are means over the levels),
         so that the micro-batches of a step add up to its loss, however it was cut.
         """
-        if "pair_gid" in batch:
-            return self.gid_log_likelihood(batch)
         weights, losses = self.config.loss_weights, {}
         user_states = self.encode(batch["user"])
         if weights["rec"]:
@@ -243,10 +239,14 @@ class ColaRec(PreTrainedModel):
         losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
         return losses
 
-    def gid_log_likelihood(self, batch: dict) -> torch.Tensor:
-        """(P, T): log p of the codes of each (user, target) pair of a batch of `loader.eval_batches`."""
-        states, rows = self.encode(batch["user"]), batch["pair_row"]
-        return -self.gid_loss(states[rows], batch["user"]["mask"][rows], batch["pair_gid"])
+    def gid_log_likelihood(self, states_BLD: torch.Tensor, batch: dict) -> torch.Tensor:
+        """(P, T): log p of the codes of each (user, target) pair of a batch of `loader.eval_batches`.
+
+        Args:
+            states_BLD: what `encode` makes of the users of the batch.
+        """
+        rows = batch["pair_row"]
+        return -self.gid_loss(states_BLD[rows], batch["user"]["mask"][rows], batch["pair_gid"])
 
 
 def sampled_softmax(

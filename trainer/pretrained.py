@@ -9,6 +9,7 @@ from contract.config import Config
 from trainer.model import ColaRec, ColaRecConfig
 
 LORA_TARGETS = ["q", "k", "v", "o", "wi", "wo"]
+LORA_SCALE = 2  # alpha / rank
 
 
 @torch.no_grad()
@@ -72,20 +73,20 @@ def add_lora(model: ColaRec, config: Config) -> None:
     import peft  # here, because it is not needed without LoRA
 
     rank = config.model.lora_rank
-    settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
+    settings = peft.LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, lora_dropout=0.0, target_modules=LORA_TARGETS)
     for stack in (model.encoder, model.decoder):
         stack.requires_grad_(False)
         peft.inject_adapter_in_model(settings, stack)
 
 
 def merged(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights in the names of a model without adapters, these multiplied out: W + 2 B A (alpha / r = 2)."""
+    """Weights in the names of a model without adapters, these multiplied out: W + (alpha / r) B A."""
     result = {}
     for name, value in weights.items():
         if ".lora_" in name:
             continue
         if ".base_layer." in name:
             adapter = name.replace(".base_layer.weight", ".lora_{}.default.weight")
-            value = value + 2 * weights[adapter.format("B")] @ weights[adapter.format("A")]
+            value = value + LORA_SCALE * weights[adapter.format("B")] @ weights[adapter.format("A")]
         result[name.replace(".base_layer.", ".")] = value
     return result

@@ -62,8 +62,15 @@ class Training:
         self._saved_step = 0  # of the last checkpoint; there is nothing to save of step 0
         self._begin, self._seconds_before = time.monotonic(), 0.0
         self._signal = 0  # index in SIGNALS + 1
-        for number in SIGNALS:
-            signal.signal(number, self._request_stop)
+
+    @contextlib.contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._request_stop) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _request_stop(self, number: int, _) -> None:
         self._signal = max(self._signal, SIGNALS.index(number) + 1)
@@ -97,6 +104,10 @@ class Training:
             KeyboardInterrupt: a signal asked to stop and a checkpoint was saved; `Preempted` if it was the scheduler's.
             ValueError: a loss or gradient is not finite, or a checkpoint cannot be written.
         """
+        with self._heeding_signals():
+            self._fit()
+
+    def _fit(self) -> None:
         batches = iter(self.batches())
         window = Window(self.engine.device)
         while True:

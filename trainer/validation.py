@@ -51,11 +51,12 @@ def validate(
     )
     for batch in batches:
         on_device = loader.to_device(batch, device)
-        log_p = model(on_device)
+        states = model.encode(on_device["user"])
+        log_p = model.gid_log_likelihood(states, on_device)
         total[:levels] -= log_p.double().sum(0).cpu()
         total[levels] += len(log_p)
         seen = (on_device["seen_row"], on_device["seen_item"]) if config.eval.mask_seen else (None, None)
-        items, _ = beam_search(model, tree, on_device["user"], config.train.eval_beams, CUTOFF, *seen)
+        items, _ = beam_search(model, tree, on_device["user"], config.train.eval_beams, CUTOFF, *seen, states)
         if batch["user_idx"].any():  # the others only fill up
             total[levels + 1 :] += _ranking_sums(items.cpu().numpy(), batch)
         between()

@@ -23,7 +23,7 @@ from trainer import distributed
 from trainer.checkpoint import Checkpoints
 from trainer.inputs import read_catalog
 from trainer.model import ColaRec, model_config
-from trainer.training import SIGNALS, Training
+from trainer.training import Training
 
 ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -63,7 +63,6 @@ def fit(work: Path, settings: dict[str, str] | None = None, resume: bool = False
     if not resume and dist.get_rank() == 0:
         checkpoints.create("run")
     dist.barrier()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     record = Record(stop)
     try:
         training = Training(config, corpus, catalog, engine, checkpoints, record, Progress("train"))
@@ -73,9 +72,6 @@ def fit(work: Path, settings: dict[str, str] | None = None, resume: bool = False
         training.fit()
     except Preempted:
         assert stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return record.values, training
 
 

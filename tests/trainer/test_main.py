@@ -17,7 +17,6 @@ from contract.config import to_toml
 from tests import tiny
 from tests.trainer import runs
 from trainer.main import main
-from trainer.training import SIGNALS
 
 
 @pytest.fixture
@@ -41,15 +40,11 @@ def train(group, capfd, monkeypatch):
 
     def run(work, *overrides):
         monkeypatch.setattr(sys, "argv", ["main.py", "--config", str(work), *overrides])
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             cli.run(main)
             code = 0
         except SystemExit as exit:
             code = exit.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         output, errors = capfd.readouterr()
         return code, output + errors
 

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -296,7 +295,7 @@ def test_without_user_slots_there_is_no_user_table(tmp_path):
 
 @pytest.fixture
 def work(tmp_path, group):
-    """The config file of a tiny corpus, with hashed row-wise tables; signal handlers are put back."""
+    """The config file of a tiny corpus, with hashed row-wise tables."""
     overrides = {"item_table": "hash", "user_table": "hash", "hash_rows": "64"}
     config = tiny.tiny_config(
         tmp_path / "work",
@@ -308,10 +307,7 @@ def work(tmp_path, group):
     tiny.write_corpus(config)
     tiny.write_gids(config)
     (tmp_path / "run.toml").write_text(to_toml(config))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield tmp_path / "run.toml"
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return tmp_path / "run.toml"
 
 
 def trained(work) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tests.trainer import runs
 from trainer import engine_state, loader, samples
 from trainer.inputs import read_catalog
 from trainer.model import ColaRec
-from trainer.training import learning_rate
+from trainer.training import SIGNALS, learning_rate
 from trainer.validation import validate
 
 
@@ -55,7 +56,7 @@ def test_validation_equals_the_ranking_of_all_items(tmp_path, group):
         rows = torch.arange(len(batch["user_idx"])).repeat_interleave(40)
         every = batch | {"pair_row": rows, "pair_gid": torch.from_numpy(catalog.gids[1:]).repeat(len(rows) // 40, 1)}
         with torch.no_grad():
-            per_level = -net(every).view(-1, 40, tree.length)
+            per_level = -net.gid_log_likelihood(net.encode(batch["user"]), every).view(-1, 40, tree.length)
         for user in range(len(per_level)):
             target = batch["pair_item"][batch["pair_row"] == user].item()
             losses.append(per_level[user, target - 1].mean().item())
@@ -168,3 +169,9 @@ def test_what_is_logged(work):
         positions = sum((end - begin) * width for side in sides for begin, end, width in side["groups"])
         assert padding == pytest.approx(1 - tokens / positions)
     assert json.dumps(training.state)  # for state.json and the manifest
+
+
+def test_signals_are_heeded_in_training_only(work):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    runs.fit(work, {"train.max_steps": "2"})
+    assert [signal.getsignal(number) for number in SIGNALS] == before
