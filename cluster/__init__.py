@@ -1,0 +1,1 @@
+"""SLURM: the pipeline as a chain of jobs on many machines."""
