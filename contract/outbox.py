@@ -170,8 +170,9 @@ class Outbox:
 
     def _work(self) -> None:
         for folder in sorted(self._folder.parent.iterdir()):
-            if folder != self._folder:
-                self._send_left(folder)
+            # A server that is away costs a stage one attempt, not one for each of the runs that wait for it.
+            if folder != self._folder and not self._send_left(folder):
+                break
         try:
             self._send_all()
         finally:
@@ -201,13 +202,17 @@ class Outbox:
                     return
                 self._more.wait()
 
-    def _send_left(self, folder: Path) -> None:
+    def _send_left(self, folder: Path) -> bool:
+        """False when the server of that run does not take it."""
         try:
             count = send(folder, self._report)
-        except Exception:  # its own server is away, or another process is at it: it stays
-            return
+        except (BlockingIOError, FileNotFoundError):  # another process is at it, or has sent it by now
+            return True
+        except Exception:  # it stays, and `close` of its own stage has said so
+            return False
         if count:
             self._report(f"sent {count} records that an earlier stage had left in {folder}")
+        return True
 
 
 def send(folder: Path, report: Callable[[str], None]) -> int:

@@ -26,7 +26,7 @@ def test_a_table_for_a_terminal(capsys):
 
 
 def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(capsys):
-    plan.main([*HUGE, "--json"])
+    plan.main([*HUGE, "--memory", "256", "--json"])
     before = capsys.readouterr().out
     remedies = {
         "etl": ["etl.num_shards = 45533"],
