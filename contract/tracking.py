@@ -4,45 +4,48 @@ import contextlib
 import fcntl
 import logging
 import os
+import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
 from contract import config as config_module
 from contract.artifacts import git_revision
-from contract.cli import RANK
+from contract.cli import RANK, Progress
 from contract.config import Config
+from contract.outbox import QUEUE, Outbox
 
 # An unreachable server must be said within seconds, before the work begins; MLflow alone retries for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
 class Run:
-    """A stage's record. On ranks above 0 every call does nothing."""
+    """A stage's record. On ranks above 0 every call does nothing. No call waits for the store, see `Outbox`."""
 
-    def __init__(self, client=None, run_id: str = ""):
-        self._client = client
+    def __init__(self, outbox: Outbox | None = None, run_id: str = ""):
+        self._outbox = outbox
         self.run_id = run_id
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Logs {name: number}; '@' becomes '_at_' and commas go, as MLflow's names have none."""
-        if self._client:
-            for name, value in values.items():
-                allowed = name.replace("@", "_at_").replace(",", "")
-                self._client.log_metric(self.run_id, allowed, value, step=step, synchronous=False)
+        if self._outbox:
+            allowed = {name.replace("@", "_at_").replace(",", ""): float(value) for name, value in values.items()}
+            self._outbox.put({"time": _now(), "step": step, "metrics": allowed})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Logs a file, below `folder` of the run's artifacts."""
-        if self._client:
-            self._client.log_artifact(self.run_id, str(path), folder)
+        if self._outbox:
+            self._outbox.put_file(path, folder)
 
 
 @contextlib.contextmanager
 def track(config: Config, stage: str, run_id: str = "") -> Iterator[Run]:
     """Opens the stage's run, or goes on with `run_id`, and closes it as FINISHED, FAILED or KILLED.
+
+    Only the beginning of a new run needs the store. A server that is away later, or when a run goes on, stops nothing.
 
     Raises:
         ConnectionError: the tracking server or database cannot be used.
@@ -50,40 +53,61 @@ def track(config: Config, stage: str, run_id: str = "") -> Iterator[Run]:
     if RANK > 0:
         yield Run()
         return
-    client, run_id = _start(config, stage, run_id)
+    run_id, goes_on = run_id or _start(config, stage), bool(run_id)
+    outbox = Outbox(config.work_dir / QUEUE / run_id, _absolute(config.tracking.uri), Progress("mlflow"))
+    outbox.start()
+    run = Run(outbox, run_id)
+    if goes_on:
+        outbox.put({"time": _now(), "status": "RUNNING"})
     status = "FAILED"
     try:
-        with _system_metrics(config, stage, run_id):
-            yield Run(client, run_id)
+        with _system_metrics(config, stage, run):
+            yield run
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        import mlflow
+        outbox.put({"time": _now(), "status": status})
+        outbox.close()
 
-        mlflow.flush_async_logging()
-        client.set_terminated(run_id, status)
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
 
 
 @contextlib.contextmanager
-def _system_metrics(config: Config, stage: str, run_id: str) -> Iterator[None]:
-    """Samples what the training uses of this machine, in a thread of MLflow's."""
+def _system_metrics(config: Config, stage: str, run: Run) -> Iterator[None]:
+    """Samples what the training uses of this machine, in a thread."""
     if stage != "train" or not config.tracking.system_every:
         yield
         return
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
-    monitor = SystemMetricsMonitor(run_id, sampling_interval=config.tracking.system_every, resume_logging=True)
-    monitor.start()
+    done = threading.Event()
+    thread = threading.Thread(target=_sample, args=(run, config, done), daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        monitor.finish()
+        done.set()
+        thread.join()
 
 
-def _start(config: Config, stage: str, run_id: str):
+def _sample(run: Run, config: Config, done: threading.Event) -> None:
+    """MLflow's collectors without its loop, which ends for good when the server does not answer."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor = SystemMetricsMonitor(run.run_id, tracking_uri=config.tracking.uri)
+    while not done.wait(config.tracking.system_every):
+        monitor.collect_metrics()
+        # A step that goes on in a resumed run, without asking the server for the last one.
+        run.metrics({f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}, int(time.time()))
+        for collector in monitor.monitors:
+            collector.clear_metrics()
+
+
+def _start(config: Config, stage: str) -> str:
+    """Creates the stage's run, with its parameters; returns its id."""
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow  # 2 s: not before the arguments are known to be good
     from mlflow.entities import Param, RunTag
@@ -92,7 +116,7 @@ def _start(config: Config, stage: str, run_id: str):
     uri = config.tracking.uri
     try:
         with _creation_lock(uri):
-            mlflow.set_tracking_uri(uri)  # what is flushed at the end, too
+            mlflow.set_tracking_uri(uri)
             client = mlflow.MlflowClient()
             experiment = client.get_experiment_by_name(config.tracking.experiment)
             if experiment:
@@ -103,9 +127,6 @@ def _start(config: Config, stage: str, run_id: str):
                     artifact_location=_artifact_location(uri),
                     tags={"mlflow.experimentKind": "custom_model_development"},  # the UI opens its runs, not traces
                 )
-        if run_id:
-            client.update_run(run_id, status="RUNNING")
-            return client, run_id
         run = client.create_run(experiment_id, run_name=f"{config.name}/{stage}")
         params = [Param(key, str(value)) for key, value in config_module.flatten(config).items()]
         tags = [
@@ -116,7 +137,7 @@ def _start(config: Config, stage: str, run_id: str):
         client.log_batch(run.info.run_id, params=params[:100], tags=tags)
         client.log_batch(run.info.run_id, params=params[100:])
         client.log_text(run.info.run_id, config_module.to_toml(config), "config.toml")
-        return client, run.info.run_id
+        return run.info.run_id
     except Exception as error:  # each store raises its own kinds
         raise ConnectionError(
             f"MLflow at {uri} cannot be used: {str(error).splitlines()[0]}\n"
@@ -126,6 +147,12 @@ def _start(config: Config, stage: str, run_id: str):
 
 def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def _absolute(uri: str) -> str:
+    """The store by a name that holds in any folder."""
+    file = _sqlite_file(uri)
+    return f"sqlite:///{file}" if file else uri
 
 
 def _artifact_location(uri: str) -> str | None:

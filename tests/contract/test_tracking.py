@@ -23,7 +23,8 @@ with track(config.load(sys.argv[1]), sys.argv[2]) as run:
 def settings(tmp_path):
     """A store of its own. Its file is made by the first `track`."""
     file = tmp_path / "small.toml"
-    file.write_text(f'seed = 7\n[tracking]\nuri = "sqlite:///{tmp_path / "store" / "mlflow.db"}"\n')
+    uri = f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}"
+    file.write_text(f'seed = 7\nwork = "{tmp_path / "work"}"\n[tracking]\nuri = "{uri}"\n')
     return config.load(str(file))
 
 
