@@ -164,9 +164,13 @@ class Decoder:
 
     def select(self, parent_BN: torch.Tensor) -> "Decoder":
         """The decoder whose beam n of each user goes on from what is beam parent_BN[:, n] here."""
-        rows = torch.arange(len(parent_BN), device=parent_BN.device)[:, None]
+        batch, beams = self._own[0][0].shape[:2]
+        row_M = (torch.arange(batch, device=parent_BN.device)[:, None] * beams + parent_BN).flatten()
         chosen = copy.copy(self)
-        chosen._own = [(key[rows, parent_BN], value[rows, parent_BN]) for key, value in self._own]
+        chosen._own = [
+            tuple(cache.flatten(0, 1).index_select(0, row_M).unflatten(0, parent_BN.shape) for cache in caches)
+            for caches in self._own
+        ]
         return chosen
 
     def _self_attention(self, i: int, layer, x_BND: torch.Tensor, bias_HS: torch.Tensor) -> torch.Tensor:
