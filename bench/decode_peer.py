@@ -52,7 +52,8 @@ class GeneratePeer(PreTrainedModel, GenerationMixin):
     ) -> Seq2SeqLMOutput:
         """Logits of the code after the last token; the tokens before it are in the cache."""
         level, token = past_key_values.get_seq_length(), decoder_input_ids[:, -1]
-        embeds = self.model.codebook_TKD[level - 1, token] if level else self.model.start_D.expand(len(token), -1)
+        codes = self.model.codebook_TKD[level - 1, token] if level else self.model.start_D.expand(len(token), -1)
+        embeds = codes / self.model.scale
         out = self.model.decoder(
             inputs_embeds=embeds[:, None],
             encoder_hidden_states=encoder_outputs.last_hidden_state,

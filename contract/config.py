@@ -176,6 +176,12 @@ class History:
         "'tokens': every content token is a position (the paper)",
         ("pooled", "tokens"),
     )
+    attention: str = _opt(
+        "causal",
+        "'causal': the encoder reads a history once, from left to right, and every item in it but the first is a "
+        "target (order 'time', encoding 'pooled'); 'full': in both directions, anew for each target (the paper)",
+        ("causal", "full"),
+    )
     train_items: int = _opt(20, "history items at training, at most", low=1)
     eval_items: int = _opt(20, "history items at evaluation, at most", low=1)
     max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')", low=1)
@@ -224,7 +230,8 @@ class Loss:
     bpr: float = _opt(0.0, "the user ranks the positive above the negative item (the paper's ranking loss)", low=0)
     softmax: float = _opt(
         1.0,
-        "cross-entropy of the positive among the items of the batch given the user, corrected for popularity",
+        "cross-entropy of the positive given the user, among the targets of the batch and train.negatives more items, "
+        "corrected for how often they are drawn",
         low=0,
     )
     contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
@@ -236,7 +243,8 @@ class Train:
 
     epochs: int = _opt(10, "passes over the training targets", low=1)
     max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
-    global_batch: int = _opt(128, "targets per optimizer step, over all ranks", low=1)
+    global_batch: int = _opt(128, "targets per optimizer step, over all ranks; with causal attention, histories", low=1)
+    negatives: int = _opt(1024, "items drawn at random for the softmax of a step, over all ranks", low=0)
     micro_tokens: int = _opt(
         0,
         "encoder positions per forward pass of a rank, users and items together, padding counted; the rank's targets "
@@ -527,5 +535,11 @@ def _check(config: Config) -> None:
         raise ValueError("etl.split = 'otto' needs etl.events, clicks first, such as ['clicks', 'carts', 'orders']")
     if etl.split in ("temporal", "otto") and config.data.time_unit == "order":
         raise ValueError(f"etl.split = {etl.split!r} goes by the clock, and data.time_unit = 'order' knows no dates")
+    history = config.history
+    if history.attention == "causal" and (history.order, history.encoding) != ("time", "pooled"):
+        raise ValueError(
+            f"history.attention = 'causal' needs order 'time' and encoding 'pooled', not {history.order!r} and "
+            f"{history.encoding!r}: set history.attention = 'full'"
+        )
     if not any(vars(config.loss).values()):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from contract.config import Config
 from trainer.beam import best_items
-from trainer.inputs import Catalog, item_inputs
+from trainer.inputs import Catalog, content_bags, item_inputs
 from trainer.loader import to_device, to_tensors
 from trainer.model import ColaRec
 
@@ -26,7 +26,8 @@ MAX_SCORES = 1 << 28
 def item_vectors(
     config: Config, model: ColaRec, catalog: Catalog, device: torch.device, items: np.ndarray
 ) -> torch.Tensor:
-    """h(X_i) of the items int64 (C,), float32 (C, D), times d_model^-0.5 as in training (all ranks).
+    """What h(X_u) finds the items int64 (C,) by, float32 (C, D): v_i of a model that was trained with L_softmax, else
+    h(X_i) times d_model^-0.5 (all ranks).
 
     The items are cut into the same blocks at any number of ranks, and so the vectors are the same to the last bit. Each
     rank computes an equal run of blocks.
@@ -38,8 +39,12 @@ def item_vectors(
         block = items[rank * per_rank + begin :][:ITEMS_AT_ONCE]
         if not len(block):
             break
-        inputs = to_device(to_tensors(item_inputs(config, catalog, block, key=config.seed)), device)
-        own[begin : begin + len(block)] = model.summary(model.encode(inputs), inputs).float() * model.scale
+        if model.config.loss_weights["softmax"]:
+            arrays = {"item": block} | content_bags(catalog, block)
+            own[begin : begin + len(block)] = model.item_vectors(to_device(to_tensors(arrays), device))
+        else:
+            inputs = to_device(to_tensors(item_inputs(config, catalog, block, key=config.seed)), device)
+            own[begin : begin + len(block)] = model.summary(model.encode(inputs), inputs).float() * model.scale
     if world_size == 1:
         return own[: len(items)]
     vectors = own.new_empty(world_size * per_rank, own.shape[1])

@@ -153,6 +153,7 @@ class Decoder:
 
     def step(self, x_BND: torch.Tensor, level: int) -> torch.Tensor:
         """Code logits (B, N, K) of `level`, after reading the embeddings of the last code of each beam."""
+        x_BND = x_BND / self._model.scale  # as in training, see ColaRec.decoder_inputs
         bias_attention = self._blocks[0].layer[0].SelfAttention
         bias_SH = bias_attention.compute_bias(level + 1, level + 1, device=x_BND.device)[0, :, -1].T
         for i, block in enumerate(self._blocks):

@@ -18,7 +18,9 @@ def room(tmp_path):
     def make(**overrides):
         config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", model__num_decoder_layers="2", **overrides)
         with torch.no_grad():
-            model.codebook_TKD.mul_(30)  # probabilities that differ clearly between codes and between users
+            (model.codebook_TKD if model.head_TKD is None else model.head_TKD).mul_(
+                100
+            )  # probabilities that differ clearly between codes and between users
             model.start_D.mul_(10)
         batch = next(loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1))
         return model, GidTree(catalog.gids, config.gid.branching), catalog, batch
