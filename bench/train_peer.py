@@ -77,7 +77,7 @@ class PeerBatches:
         rng = np.random.default_rng(self.config.seed)
         while True:
             block = self.blocks[rng.integers(len(self.blocks))]
-            targets = rng.choice(samples.train_targets(self.config, block), self.config.train.global_batch)
+            targets = rng.choice(samples.train_targets(self.config, block, rng), self.config.train.global_batch)
             history = samples.train_histories(self.config, self.catalog, block, targets, rng).item_idx
             positive = block.item_idx.values[targets].astype(np.int64)
             negative = samples.draw_negatives(self.catalog, block, targets, rng)

@@ -176,6 +176,12 @@ class History:
         "'tokens': every content token is a position (the paper)",
         ("pooled", "tokens"),
     )
+    attention: str = _opt(
+        "causal",
+        "'causal': the encoder reads a history once, from left to right, and every item in it but the first is a "
+        "target (order 'time', encoding 'pooled'); 'full': in both directions, anew for each target (the paper)",
+        ("causal", "full"),
+    )
     train_items: int = _opt(20, "history items at training, at most", low=1)
     eval_items: int = _opt(20, "history items at evaluation, at most", low=1)
     max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')", low=1)
@@ -224,7 +230,8 @@ class Loss:
     bpr: float = _opt(0.0, "the user ranks the positive above the negative item (the paper's ranking loss)", low=0)
     softmax: float = _opt(
         1.0,
-        "cross-entropy of the positive among the items of the batch given the user, corrected for popularity",
+        "cross-entropy of the positive given the user, among the targets of the batch and train.negatives more items, "
+        "corrected for how often they are drawn",
         low=0,
     )
     contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
@@ -236,7 +243,8 @@ class Train:
 
     epochs: int = _opt(10, "passes over the training targets", low=1)
     max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
-    global_batch: int = _opt(128, "targets per optimizer step, over all ranks", low=1)
+    global_batch: int = _opt(128, "targets per optimizer step, over all ranks; with causal attention, histories", low=1)
+    negatives: int = _opt(1024, "items drawn at random for the softmax of a step, over all ranks", low=0)
     micro_tokens: int = _opt(
         0,
         "encoder positions per forward pass of a rank, users and items together, padding counted; the rank's targets "
@@ -303,11 +311,20 @@ class Eval:
 
     split: str = _opt("test", "users and targets to score", ("valid", "test"))
     cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of Recall@k and NDCG@k")
+    mode: str = _opt(
+        "hybrid",
+        "what ranks the items: 'generative': log p(GID); 'dense': the ranking score h(X_u) . h(X_i); 'hybrid': both, "
+        "see eval.hybrid",
+        ("hybrid", "generative", "dense"),
+    )
+    exhaustive: bool = _opt(
+        False, "log p of all items instead of a beam's; always so when the beam is as wide as the catalog"
+    )
     beams: int = _opt(100, "beam width", low=1)
     hybrid: float = _opt(
         4.0,
         "weight of h(X_u) . h(X_i), the ranking score, beside the log-probability, over the best of the beam and the "
-        "best by that score; 0: the beam's alone, as in the paper",
+        "best by that score; 0: the beam's alone, as in the paper ('generative')",
         low=0,
     )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)
@@ -315,6 +332,11 @@ class Eval:
     baselines: tuple[str, ...] = _opt(
         ("popularity", "item_knn", "lightgcn"), "rankings reported beside ColaRec: popularity, item_knn, lightgcn"
     )
+
+    @property
+    def ranks_by(self) -> str:
+        """`mode`, which is 'generative' as well where the other score of the hybrid weighs nothing."""
+        return "generative" if self.mode == "hybrid" and not self.hybrid else self.mode
 
 
 @dataclass(frozen=True)
@@ -513,5 +535,11 @@ def _check(config: Config) -> None:
         raise ValueError("etl.split = 'otto' needs etl.events, clicks first, such as ['clicks', 'carts', 'orders']")
     if etl.split in ("temporal", "otto") and config.data.time_unit == "order":
         raise ValueError(f"etl.split = {etl.split!r} goes by the clock, and data.time_unit = 'order' knows no dates")
+    history = config.history
+    if history.attention == "causal" and (history.order, history.encoding) != ("time", "pooled"):
+        raise ValueError(
+            f"history.attention = 'causal' needs order 'time' and encoding 'pooled', not {history.order!r} and "
+            f"{history.encoding!r}: set history.attention = 'full'"
+        )
     if not any(vars(config.loss).values()):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")

@@ -32,7 +32,9 @@ OVERRIDES = {
     "model.num_decoder_layers": "1",
     "model.dropout": "0",
     "loss.bpr": "0.3",
-    "loss.softmax": "0",  # depends on how a step is cut into passes, by design
+    "loss.softmax": "0.5",
+    "train.negatives": "32",
+    "history.attention": "full",
     "history.train_items": "5",
     "history.eval_items": "5",
     "history.user_slots": "2",

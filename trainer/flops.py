@@ -41,7 +41,7 @@ def decoder_flops(config: ColaRecConfig, num_sequences: float, length: float) ->
 def step_flops(config: ColaRecConfig, lengths: dict[str, tuple[int, int, int]]) -> float:
     """FLOPs of the forward and backward pass over a micro-batch, whose "lengths" `loader.TrainBatches` gives."""
     forward = sum(encoder_flops(config, *lengths[name][1:]) for name in ("user", "item") if name in lengths)
-    for name, loss in {"user": "rec", "decoded item": "index"}.items():
+    for name, loss in {"decoded user": "rec", "decoded item": "index"}.items():
         if name in lengths and config.loss_weights[loss]:
             forward += decoder_flops(config, *lengths[name][:2])
     return 3 * forward

@@ -6,9 +6,11 @@ features of an item. Every one has its own id array (B, L), 0 for none; the mode
     X_u = [task_u, c_1 .. c_n, eos]          c_i = [item slot, content tokens]
     X_i = [task_i, c_i, user slots, eos]
 
+With causal attention X_u has no eos: h(X_u) is the state at c_n, and the state at c_t is that of a user with t items.
 With encoding 'pooled' c_i is the item slot alone, and the mean of its content tokens is added there.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +36,21 @@ class Catalog:
     popularity: np.ndarray  # float32 (I + 1,): share of an item in the train events
     vocab_size: int  # content tokens; the task tokens follow
     num_users: int
+    events_per_user: float  # train events of a user, on average
     event_weights: np.ndarray  # float32 (E + 1,): of a target by its event type, 1 on average; types are 1..E
     has_time: bool  # timestamps are dates, so that gaps between them mean something
+
+    @functools.cached_property
+    def negative_cdf(self) -> np.ndarray:
+        """float64 (I + 1,): the distribution that L_softmax draws from, item_idx <= i with probability [i].
+
+        By the square root of popularity, between uniform draws and draws by popularity: an item without train events
+        is as likely as one with the fewest.
+        """
+        popularity = self.popularity[1:].astype(np.float64)
+        root = np.sqrt(np.maximum(popularity, popularity[popularity > 0].min(initial=1.0)))
+        cdf = np.concatenate([[0.0], np.cumsum(root)])
+        return cdf / cdf[-1]
 
     @property
     def num_items(self) -> int:
@@ -59,6 +74,11 @@ def _event_weights(manifest: dict) -> list[float]:
     return manifest.get("event_weights", [1.0] * len(manifest["events"]))
 
 
+def _events_per_user(corpus: Artifact) -> float:
+    shards = corpus.manifest["shards"]["train"]
+    return sum(shard["num_events"] for shard in shards) / max(1, sum(shard["num_users"] for shard in shards))
+
+
 def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
     num_items = corpus.counts["num_items"]
     gids = schema.read_gids(gid.path)
@@ -74,6 +94,7 @@ def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
         popularity=(num_train / max(1, num_train.sum())).astype(np.float32),
         vocab_size=corpus.counts["vocab_size"],
         num_users=corpus.counts["num_users"],
+        events_per_user=_events_per_user(corpus),
         event_weights=np.array([1.0, *_event_weights(corpus.manifest)], np.float32),
         has_time=corpus.manifest["time_unit"] != "order",
     )
@@ -85,7 +106,7 @@ class History:
 
     item_idx: np.ndarray  # int64 (B, n)
     event: np.ndarray  # int64 (B, n)
-    recency: np.ndarray  # int64 (B, n): 1 for the latest item, 2 for the one before ...; 0 without order
+    recency: np.ndarray  # int64 (B, n): 1 for the latest item, 2 for the one before ...; 0 without order, or causal
     gap: np.ndarray  # int64 (B, n): see gap_bucket; 0 without time
 
 
@@ -100,7 +121,7 @@ def gap_bucket(milliseconds: np.ndarray) -> np.ndarray:
 def user_inputs(config: Config, catalog: Catalog, history: History) -> dict[str, np.ndarray]:
     """X_u of B users; see `_assemble` for the arrays."""
     features = {"event": history.event, "recency": history.recency, "gap": history.gap}
-    return _assemble(config, catalog, catalog.task_user, history.item_idx, features)
+    return _assemble(config, catalog, catalog.task_user, history.item_idx, features, ends=_ends(config))
 
 
 def item_inputs(config: Config, catalog: Catalog, item_idx: np.ndarray, key: int) -> dict[str, np.ndarray]:
@@ -119,7 +140,13 @@ def item_inputs(config: Config, catalog: Catalog, item_idx: np.ndarray, key: int
 
 def user_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray) -> np.ndarray:
     """int64 (B,): the positions that X_u takes of histories item_idx (B, n)."""
-    return 2 + _segment_lengths(config, catalog, item_idx, np.zeros(len(item_idx), np.int64)).sum(1)
+    segments = _segment_lengths(config, catalog, item_idx, np.zeros(len(item_idx), np.int64))
+    return 1 + segments.sum(1) + _ends(config)
+
+
+def _ends(config: Config) -> bool:
+    """Whether X_u has an eos."""
+    return config.history.attention != "causal"
 
 
 def item_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray) -> np.ndarray:
@@ -168,8 +195,9 @@ def _assemble(
     item_idx: np.ndarray,
     features: dict[str, np.ndarray],
     user_slots: np.ndarray | None = None,
+    ends: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Lays out [task, c_1 .. c_n, user slots, eos].
+    """Lays out [task, c_1 .. c_n, user slots, eos], without eos unless it `ends` so.
 
     Args:
         item_idx: int64 (B, n), left-aligned; 0 pads.
@@ -177,7 +205,8 @@ def _assemble(
         user_slots: int64 (B, m), left-aligned; 0 pads.
 
     Returns:
-        mask: bool (B, L); eos: int64 (B,), its position; int64 (B, L) each of token, item, user and the features.
+        mask: bool (B, L); eos: int64 (B,), its position or else the last one; int64 (B, L) each of token, item, user
+        and the features.
         With encoding 'pooled' also content_tokens (T,) and content_offsets (R,), the bags of the distinct items,
         and content_row (B, L), 1 + the bag of a position.
 
@@ -189,12 +218,13 @@ def _assemble(
     lengths = _segment_lengths(config, catalog, item_idx, num_users)
     start = 1 + np.cumsum(lengths, 1) - lengths
     end = 1 + lengths.sum(1)
-    eos = end + num_users
+    eos = end + num_users - (not ends)
     width = int(eos.max()) + 1
 
     arrays = {name: np.zeros((batch, width), np.int64) for name in ("token", "item", "user", "event", "recency", "gap")}
     arrays["token"][:, 0] = task
-    arrays["token"][np.arange(batch), eos] = schema.EOS
+    if ends:
+        arrays["token"][np.arange(batch), eos] = schema.EOS
     row, column = np.nonzero(lengths)
     slot = start[row, column]
     arrays["item"][row, slot] = item_idx[row, column]
@@ -207,9 +237,7 @@ def _assemble(
         items, bag = np.unique(item_idx[row, column], return_inverse=True)
         arrays["content_row"] = np.zeros((batch, width), np.int64)
         arrays["content_row"][row, slot] = 1 + bag
-        counts = catalog.tokens.lengths_at(items)
-        arrays["content_tokens"] = catalog.tokens.take(items).values.astype(np.int64)
-        arrays["content_offsets"] = np.cumsum(counts) - counts
+        arrays |= content_bags(catalog, items)
     else:
         items = item_idx[row, column]
         counts = catalog.tokens.lengths_at(items)
@@ -218,6 +246,15 @@ def _assemble(
     arrays["mask"] = np.arange(width) <= eos[:, None]
     arrays["eos"] = eos
     return arrays
+
+
+def content_bags(catalog: Catalog, item_idx: np.ndarray) -> dict[str, np.ndarray]:
+    """The content tokens of items (N,), int64 (T,), and where those of each begin, int64 (N,)."""
+    counts = catalog.tokens.lengths_at(item_idx)
+    return {
+        "content_tokens": catalog.tokens.take(item_idx).values.astype(np.int64),
+        "content_offsets": np.cumsum(counts) - counts,
+    }
 
 
 def ragged_arange(lengths: np.ndarray) -> np.ndarray:

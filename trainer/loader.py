@@ -49,11 +49,13 @@ def shard_paths(corpus: Artifact, split: str) -> list[str]:
 
 
 def steps_per_epoch(config: Config, corpus: Artifact) -> int:
-    """Optimizer steps in which about every training target is seen once."""
+    """Optimizer steps in which about every training target is seen once; with causal attention, every user."""
     shards = corpus.manifest["shards"]["train"]
-    num_targets = sum(shard["num_events"] for shard in shards)
-    if config.history.order == "time":  # a user's first event has nothing before it
-        num_targets -= sum(shard["num_users"] for shard in shards)
+    num_events, num_users = (sum(shard[count] for shard in shards) for count in ("num_events", "num_users"))
+    if config.history.attention == "causal":
+        num_targets = num_users
+    else:  # in order 'time' a user's first event has nothing before it
+        num_targets = num_events - (num_users if config.history.order == "time" else 0)
     return max(1, num_targets // config.train.global_batch)
 
 
@@ -87,11 +89,16 @@ class TrainBatches(torch.utils.data.IterableDataset):
     The losses of a micro-batch are sums over its targets divided by the rank's number of them in the step, so their
     sum over the list is the mean over the rank's share. A micro-batch is a dict of int64 tensors:
 
-        user: X_u, see `inputs._assemble`, rows by length, with groups; gid (B, l)
+        user: X_u, see `inputs._assemble`, rows by length, with groups
+        at (B,): the position of X_u after which the target comes, its last one, or with causal attention any;
+        gid (B, l)
         weight float32 (B,): of the targets in L_rec and L_bpr
+        next_row, next_at (S,): all targets of L_softmax, as rows of user and positions in them; without causal
+        attention those above; next_weight float32 (S,)
+        candidate: item (N,), distinct, with content bags; and into it next (S,), the targets, and random (R,), the
+        items that are drawn at random for the step; log_q float32 (R,): log of how often each of these is drawn
         item: X_i of the distinct items in use, rows by length, with groups and gid (N, l), when a loss needs it; and
         into its rows positive (B,), negative (B,), sibling (B,)
-        log_q float32 (N,): log of how often an item is drawn, up to a constant, for L_softmax
         sibling_weight float32 (B,): of the targets in L_c, 0 where there is no sibling
         index_rows (V,): the distinct positive and negative items; index_weight float32 (V,): of them in L_index
 
@@ -100,7 +107,8 @@ class TrainBatches(torch.utils.data.IterableDataset):
         groups (of user and item): [begin, end, width] of the runs of rows that are encoded together, see
         `inputs.length_groups`. Always train.length_groups of them: under ZeRO 3 every pass of every rank must be alike
         num_tokens, num_positions: encoder positions of X_u and X_i in use, and with padding
-        lengths: of X_u, of X_i and of the X_i that are decoded: {name: (rows, sum of lengths, sum of their squares)}
+        lengths: of X_u, of what of it is decoded from, of X_i and of the X_i that are decoded:
+        {name: (rows, sum of lengths, sum of their squares)}
         shard: names, for messages
     """
 
@@ -131,6 +139,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
 
     def _step(self, step: int, parts: list[list[tuple[Block, np.ndarray]]]) -> list[dict]:
         drawn = [_draw(self.config, self.catalog, step, s, part) for s, part in zip(self.streams, parts, strict=True)]
+        random_items = np.concatenate([stream.pop("random_items") for stream in drawn])
         drawn = _concatenate(drawn)
         length = inputs.user_lengths(self.config, self.catalog, drawn["item_idx"])
         order = np.argsort(length, kind="stable")
@@ -142,7 +151,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             column = np.arange(begin, max(end, begin + self.config.train.length_groups))
             micro = {name: values[np.minimum(column, end - 1)] for name, values in drawn.items()}
             share = (column < end).astype(np.float32) / np.float32(self.rank_batch)
-            batches.append(self._build(step, micro, share) | {"shard": shards})
+            batches.append(self._build(step, micro, share, random_items) | {"shard": shards})
         return batches
 
     def _item_positions(self, drawn: dict[str, np.ndarray]) -> np.ndarray:
@@ -153,20 +162,22 @@ class TrainBatches(torch.utils.data.IterableDataset):
     def _item_names(self) -> list[str]:
         """The columns of the items that a loss needs."""
         loss = self.config.loss
-        pair = ["positive", "negative"] if loss.index or loss.bpr or loss.softmax or loss.contrastive else []
+        pair = ["positive", "negative"] if loss.index or loss.bpr or loss.contrastive else []
         return [*pair, *(["sibling"] if loss.contrastive else [])]
 
-    def _build(self, step: int, drawn: dict[str, np.ndarray], share: np.ndarray) -> dict:
+    def _build(self, step: int, drawn: dict[str, np.ndarray], share: np.ndarray, random_items: np.ndarray) -> dict:
         """A micro-batch of targets sorted by length. share: float32 (B,), the weight of a target."""
         config, catalog = self.config, self.catalog
         history = History(*(drawn[name] for name in ("item_idx", "event", "recency", "gap")))
         batch = {"user": inputs.user_inputs(config, catalog, history), "gid": catalog.gids[drawn["positive"]]}
+        batch["at"] = drawn["column"] + 1 if config.history.attention == "causal" else batch["user"]["eos"]
         batch["weight"] = drawn["weight"] * share
+        if config.loss.softmax:
+            batch |= self._softmax(drawn, batch, share, random_items)
         if names := self._item_names():
             distinct, rows = self._distinct_by_length(np.stack([drawn[name] for name in names]))
             batch["item"] = inputs.item_inputs(config, catalog, distinct, key=config.seed * 1_000_003 + step)
             batch |= dict(zip(names, rows, strict=True))
-            batch["log_q"] = self._log_q(distinct, len(names))
             batch["sibling_weight"] = (drawn["sibling"] > 0) * share
             index_weight = np.bincount(rows[:2].ravel(), np.tile(share, 2), minlength=len(distinct))
             batch["index_rows"] = np.unique(rows[:2])
@@ -182,11 +193,31 @@ class TrainBatches(torch.utils.data.IterableDataset):
             "lengths": _lengths(batch),
         }
 
-    def _log_q(self, item_idx: np.ndarray, num_names: int) -> np.ndarray:
-        """float32 (N,): log of how often an item is met per target, up to a constant: positives come by popularity,
-        negatives and siblings about uniformly."""
-        rate = self.catalog.popularity[item_idx] + (num_names - 1) / self.catalog.num_items
-        return np.log(rate).astype(np.float32)
+    def _softmax(
+        self, drawn: dict[str, np.ndarray], batch: dict, share: np.ndarray, random_items: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The targets of L_softmax, and what they are ranked above."""
+        config, catalog = self.config, self.catalog
+        if config.history.attention == "causal":
+            # By the average of all users and not by the number here, which the cut and the ranks would decide.
+            per_user = min(max(1.0, catalog.events_per_user - 1), config.history.train_items)
+            row, column = np.nonzero(drawn["next_item"])
+            at, item = column + 1, drawn["next_item"][row, column]
+            weight = drawn["next_weight"][row, column] * share[row] / np.float32(per_user)
+        else:
+            row, at, item, weight = np.arange(len(share)), batch["at"], drawn["positive"], batch["weight"]
+        candidates, rows = np.unique(np.concatenate([item, random_items]), return_inverse=True)
+        num_drawn = len(random_items) * config.train.streams // len(self.streams)
+        probability = np.diff(catalog.negative_cdf)[random_items - 1]
+        return {
+            "next_row": row,
+            "next_at": at,
+            "next_weight": weight,
+            "candidate": {"item": candidates} | inputs.content_bags(catalog, candidates),
+            "next": rows[: len(item)],
+            "random": rows[len(item) :],
+            "log_q": np.log(num_drawn * probability).astype(np.float32),
+        }
 
     def _distinct_by_length(self, item_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The distinct items (N,) of item_idx (n, B), by the length of X_i, and int64 (n, B) into them."""
@@ -227,6 +258,7 @@ def cut(user_length: np.ndarray, item_positions: np.ndarray, budget: int) -> lis
 def _lengths(batch: dict) -> dict[str, tuple[int, int, int]]:
     """What `flops.step_flops` needs to know of a micro-batch of arrays."""
     lengths = {side: batch[side]["eos"] + 1 for side in ("user", "item") if side in batch}
+    lengths["decoded user"] = batch["at"] + 1
     if "item" in batch:
         lengths["decoded item"] = lengths["item"][batch["index_rows"]]
     return {name: (len(length), int(length.sum()), int(np.square(length).sum())) for name, length in lengths.items()}
@@ -272,7 +304,7 @@ class Stream:
             for shard in self._order:
                 rng = np.random.default_rng([*self._seed, shard, again])
                 for block in samples.read_blocks(self._shards[shard]):
-                    targets = samples.train_targets(self._config, block)
+                    targets = samples.train_targets(self._config, block, rng)
                     found |= len(targets) > 0
                     yield block, rng.permutation(targets)
             if not found:
@@ -297,13 +329,29 @@ def _stream_steps(
 def _draw(
     config: Config, catalog: Catalog, step: int, stream: int, parts: list[tuple[Block, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """Histories, positives, negatives and siblings of a stream's part of a step, as arrays over its targets."""
+    """Histories, positives, negatives and siblings of a stream's part of a step, as arrays over its targets; and
+    random_items, its part of them.
+
+    With causal attention the positive is any of the window's targets, the one after item `column`; next_item and
+    next_weight (B, n) are what comes after each item of the history.
+    """
     rng = np.random.default_rng([config.seed, step, stream])
     drawn = []
     for block, targets in parts:
+        columns = vars(samples.train_histories(config, catalog, block, targets, rng))
+        if config.history.attention == "causal":
+            last = (columns["item_idx"] > 0).sum(1) - 1
+            column = rng.integers(0, last + 1)
+            after = (targets - last)[:, None] + np.arange(config.history.train_items)
+            there = after <= targets[:, None]
+            after = np.where(there, after, 0)
+            columns["column"] = column
+            columns["next_item"] = np.where(there, block.item_idx.values[after], 0).astype(np.int64)
+            columns["next_weight"] = catalog.event_weights[block.event[after]]
+            targets = targets - last + column
         positive = block.item_idx.values[targets].astype(np.int64)
         drawn.append(
-            vars(samples.train_histories(config, catalog, block, targets, rng))
+            columns
             | {
                 "positive": positive,
                 "weight": catalog.event_weights[block.event[targets]],
@@ -311,7 +359,9 @@ def _draw(
                 "sibling": samples.draw_siblings(catalog, positive, rng),
             }
         )
-    return _concatenate(drawn)
+    # As many in each stream, so that all ranks together draw the same at any number of them.
+    uniform = rng.random(-(-config.train.negatives // config.train.streams) if config.loss.softmax else 0)
+    return _concatenate(drawn) | {"random_items": np.searchsorted(catalog.negative_cdf, uniform, side="right")}
 
 
 def _concatenate(drawn: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

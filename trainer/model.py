@@ -4,15 +4,18 @@
     L_rec         -log p(GID of the target | X_u)
     L_index       -log p(GID of an item | X_i), for the positive and the negative item
     L_bpr         -log sigma(h(X_u) . (h(X_i) - h(X_i-)))
-    L_softmax     -log exp(s_ui - log q_i) / sum over the items j of the batch of exp(s_uj - log q_j)
+    L_softmax     -log exp(s_ui) / (exp(s_ui) + sum over random items j of exp(s_uj - log q_j))
     L_contrastive -log sigma(h(X_i) . (h(X_i+) - h(X_i-)))
 
-L_softmax is not in the paper: sampled softmax over s_ui = h(X_u) . h(X_i), with the popularity of the sampled items
-taken out (Yi et al., RecSys 2019; q_i is how often i is drawn). The items j are those of a pass on all ranks, so it is
-the same at any number of ranks, but not however a step is cut into passes (train.micro_tokens).
+L_softmax is not in the paper: sampled softmax over s_ui = h(X_u) . v_i with v_i the input of item i, its slot and the
+mean of its content tokens. A step draws its random items on all ranks together, by the square root of popularity, and
+takes out how often j is drawn, q_j (Yi et al., RecSys 2019), so that in expectation it is the softmax over all items.
 
-h(X) is the encoder's state at eos. As in T5, dot products with tied embeddings are scaled by d_model^-0.5; the same
-scale is given to h . h, which the paper leaves unscaled: with RMS-normalised states it would start saturated.
+A causal encoder reads X_u from left to right: the state at its t-th item is h of a user with t items, so that one pass
+has a target after every item. L_softmax takes all of them; L_rec and the losses of items take one, drawn at random.
+
+h(X) is the encoder's state at eos. h . h, which the paper leaves unscaled, is scaled by d_model^-0.5: with
+RMS-normalised states it would start saturated.
 
 Axes in names: B rows, L encoder positions, T levels of a GID (T = l), K codes, D width.
 """
@@ -29,9 +32,10 @@ from contract.config import Config
 from trainer import tables
 from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 
-# Embeddings are added up and read through RMS norms, so only their ratio to what the layers add matters. This one
-# lets AdamW at 1e-3 turn them within some hundred steps.
-EMBEDDING_STD = 0.1
+# Of all tables. What the stacks read is d_model^0.5 times as large, so that what an item is reaches the end of the
+# residual stream beside what the layers add; dot products take the tables as they are, and AdamW at 1e-3 can turn them
+# within some hundred steps.
+EMBEDDING_STD = 0.03
 LOSSES = ("rec", "index", "bpr", "softmax", "contrastive")
 
 
@@ -52,6 +56,7 @@ class ColaRecConfig(PreTrainedConfig):
         num_items: int = 1,
         num_users: int = 0,
         num_events: int = 0,
+        causal: bool = False,
         gid_length: int = 1,
         branching: int = 2,
         max_recency: int = 1,
@@ -72,6 +77,7 @@ class ColaRecConfig(PreTrainedConfig):
         **kwargs,
     ):
         self.num_tokens, self.num_items, self.num_users, self.num_events = num_tokens, num_items, num_users, num_events
+        self.causal = causal
         self.gid_length, self.branching, self.max_recency = gid_length, branching, max_recency
         self.d_model, self.d_ff, self.d_kv, self.num_heads = d_model, d_ff, d_kv, num_heads
         self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
@@ -91,6 +97,7 @@ def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
         num_items=catalog.num_items,
         num_users=catalog.num_users if config.history.user_slots else 0,
         num_events=catalog.num_events,
+        causal=config.history.attention == "causal",
         gid_length=catalog.gids.shape[1],
         branching=config.gid.branching,
         max_recency=max(config.history.train_items, config.history.eval_items),
@@ -149,7 +156,7 @@ class ColaRec(PreTrainedModel):
             nn.init.normal_(self.codebook_TKD, std=EMBEDDING_STD)
             nn.init.normal_(self.start_D, std=EMBEDDING_STD)
             if self.head_TKD is not None:
-                nn.init.normal_(self.head_TKD, std=self.scale)
+                nn.init.normal_(self.head_TKD, std=EMBEDDING_STD)
 
     def compile_layers(self) -> None:
         """Compiles encoder and decoder in place, for any length; state dict and names stay."""
@@ -164,7 +171,7 @@ class ColaRec(PreTrainedModel):
             bags = F.embedding_bag(inputs["content_tokens"], self.token.weight, inputs["content_offsets"], mode="mean")
             bags = torch.cat([torch.zeros_like(bags[:1]), bags])
             x_BLD = x_BLD + bags[inputs["content_row"]]
-        return x_BLD
+        return x_BLD / self.scale
 
     def encode(self, inputs: dict) -> torch.Tensor:
         """Encoder states (B, L, D); positions outside inputs["mask"] are meaningless.
@@ -175,25 +182,37 @@ class ColaRec(PreTrainedModel):
         size, longest, _ = x_BLD.shape
         parts = []
         for begin, end, width in inputs.get("groups", [(0, size, longest)]):
-            part = {"inputs_embeds": x_BLD[begin:end, :width], "attention_mask": mask_BL[begin:end, :width]}
-            parts.append(F.pad(self.encoder(**part).last_hidden_state, (0, 0, 0, longest - width)))
+            mask = mask_BL[begin:end, :width]
+            if self.config.causal:  # (B, 1, queries, keys), which T5 takes as it is
+                mask = mask[:, None, None, :] & torch.ones(width, width, dtype=torch.bool, device=mask.device).tril()
+            states = self.encoder(inputs_embeds=x_BLD[begin:end, :width], attention_mask=mask).last_hidden_state
+            parts.append(F.pad(states, (0, 0, 0, longest - width)))
         return torch.cat(parts)
 
+    def item_vectors(self, items: dict) -> torch.Tensor:
+        """v_i, float32 (N, D): what L_softmax has learned to find by h(X_u).
+
+        Args:
+            items: item (N,) and their content bags, see `inputs.content_bags`.
+        """
+        bags_ND = F.embedding_bag(items["content_tokens"], self.token.weight, items["content_offsets"], mode="mean")
+        return (self.item(items["item"]) + bags_ND).float()
+
     def summary(self, states_BLD: torch.Tensor, inputs: dict) -> torch.Tensor:
-        """h(X), (B, D): the states at eos."""
+        """h(X), (B, D): the states at eos, or the last ones."""
         return states_BLD[torch.arange(len(states_BLD), device=states_BLD.device), inputs["eos"]]
 
     def decoder_inputs(self, gid_BT: torch.Tensor) -> torch.Tensor:
         """(B, T' + 1, D): the start vector and the embeddings of the T' < T codes given."""
         level = torch.arange(gid_BT.shape[1], device=gid_BT.device)
-        return torch.cat([self.start_D.expand(len(gid_BT), 1, -1), self.codebook_TKD[level, gid_BT]], 1)
+        start_B1D = self.start_D.expand(len(gid_BT), 1, -1)
+        return torch.cat([start_B1D, self.codebook_TKD[level, gid_BT]], 1) / self.scale
 
     def code_logits(self, d_BTD: torch.Tensor, first_level: int = 0) -> torch.Tensor:
         """(B, T', K): d_t . E_t^T for the levels from `first_level` on."""
         levels = slice(first_level, first_level + d_BTD.shape[1])
-        if self.head_TKD is not None:
-            return torch.einsum("btd,tkd->btk", d_BTD, self.head_TKD[levels])
-        return torch.einsum("btd,tkd->btk", d_BTD * self.scale, self.codebook_TKD[levels])
+        head_TKD = self.codebook_TKD if self.head_TKD is None else self.head_TKD
+        return torch.einsum("btd,tkd->btk", d_BTD, head_TKD[levels])
 
     def gid_loss(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor, gid_BT: torch.Tensor) -> torch.Tensor:
         """(B, T): -log p(z_t | X, z_<t)."""
@@ -214,8 +233,19 @@ class ColaRec(PreTrainedModel):
         weights, losses = self.config.loss_weights, {}
         user_states = self.encode(batch["user"])
         if weights["rec"]:
-            loss = self.gid_loss(user_states, batch["user"]["mask"], batch["gid"])
+            read = torch.arange(user_states.shape[1], device=user_states.device) <= batch["at"][:, None]
+            loss = self.gid_loss(user_states, batch["user"]["mask"] & read, batch["gid"])
             losses["rec"] = (loss.mean(1) * batch["weight"]).sum()
+        if weights["softmax"]:
+            h_next = user_states[batch["next_row"], batch["next_at"]].float()
+            v_candidate, item, random = (
+                self.item_vectors(batch["candidate"]),
+                batch["candidate"]["item"],
+                batch["random"],
+            )
+            targets = v_candidate[batch["next"]], item[batch["next"]]
+            loss = sampled_softmax(h_next, *targets, v_candidate[random], item[random], batch["log_q"])
+            losses["softmax"] = (loss * batch["next_weight"]).sum()
         if "item" in batch:
             item_states = self.encode(batch["item"])
             if weights["index"]:
@@ -224,12 +254,8 @@ class ColaRec(PreTrainedModel):
                 losses["index"] = (loss.mean(1) * batch["index_weight"]).sum()
             h_item = self.summary(item_states, batch["item"]).float() * self.scale
             negative = h_item[batch["negative"]]
-            h_user = self.summary(user_states, batch["user"]).float()
-            if weights["softmax"]:
-                item_N = batch["item"]["item"][:, 1]  # X_i begins with the task and the item's slot
-                loss = sampled_softmax(h_user, h_item, item_N, batch["log_q"], item_N[batch["positive"]])
-                losses["softmax"] = (loss * batch["weight"]).sum()
             if weights["bpr"]:
+                h_user = user_states[torch.arange(len(user_states)), batch["at"]].float()
                 margin = (h_user * (h_item[batch["positive"]] - negative)).sum(-1)
                 losses["bpr"] = -(F.logsigmoid(margin) * batch["weight"]).sum()
             if weights["contrastive"]:
@@ -250,26 +276,25 @@ class ColaRec(PreTrainedModel):
 
 
 def sampled_softmax(
-    h_user_BD: torch.Tensor,
-    h_item_ND: torch.Tensor,
-    item_N: torch.Tensor,
-    log_q_N: torch.Tensor,
-    positive_B: torch.Tensor,
+    h_SD: torch.Tensor,
+    v_target_SD: torch.Tensor,
+    target_S: torch.Tensor,
+    v_random_RD: torch.Tensor,
+    random_R: torch.Tensor,
+    log_q_R: torch.Tensor,
 ) -> torch.Tensor:
-    """L_softmax of each target, float32 (B,), over the distinct items of this pass on all ranks; collective.
+    """L_softmax of each target, float32 (S,), among the random items of all ranks; collective.
 
     Args:
-        item_N: item_idx of the rows of h_item_ND; an item may be there more than once.
-        log_q_N: log of how often an item is drawn, up to a constant.
-        positive_B: item_idx of the targets, which are among item_N.
+        target_S, random_R: item_idx; a target that is among the random items counts once.
+        log_q_R: log of how often a random item is drawn.
     """
-    h_MD, item_M, log_q_M = _of_all_ranks(h_item_ND, item_N, log_q_N)
-    distinct_C, row_M = item_M.unique(return_inverse=True)
-    place_M = torch.arange(len(item_M), device=item_M.device)
-    first_C = torch.full_like(distinct_C, len(item_M)).scatter_reduce(0, row_M, place_M, "amin")
-    logits_BC = h_user_BD @ h_MD[first_C].T - log_q_M[first_C]
-    logits_BC = logits_BC.masked_fill(distinct_C == 0, -torch.inf)  # rows that only fill up
-    return F.cross_entropy(logits_BC, torch.searchsorted(distinct_C, positive_B), reduction="none")
+    v_QD, random_Q, log_q_Q = _of_all_ranks(v_random_RD, random_R, log_q_R)
+    score_SQ = h_SD @ v_QD.T - log_q_Q
+    # Item 0 only fills up.
+    score_SQ = score_SQ.masked_fill((random_Q == 0) | (random_Q == target_S[:, None]), -torch.inf)
+    score_S = (h_SD * v_target_SD).sum(-1)
+    return torch.logaddexp(score_S, score_SQ.logsumexp(-1)) - score_S
 
 
 def _of_all_ranks(h_ND: torch.Tensor, *values_N: torch.Tensor) -> list[torch.Tensor]:

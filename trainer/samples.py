@@ -113,12 +113,17 @@ def take_users(block: Block, rows: np.ndarray) -> Block:
     return Block(block.user_idx[rows], block.item_idx.take(rows), *columns, block.shard)
 
 
-def train_targets(config: Config, block: Block) -> np.ndarray:
+def train_targets(config: Config, block: Block, rng: np.random.Generator) -> np.ndarray:
     """int64 (T,): events that can be predicted from at least one other item of their user.
 
-    In order 'time' these are all but a user's first; in order 'set' all, for users with two events and more.
+    In order 'time' these are all but a user's first; in order 'set' all, for users with two events and more. With
+    causal attention they are one of each user: the last of a window, whose other events are targets as well; windows
+    of users with more events than a window holds are drawn.
     """
     lengths = block.item_idx.lengths
+    if config.history.attention == "causal":
+        begin, end = block.item_idx.offsets[:-1][lengths > 1], block.item_idx.offsets[1:][lengths > 1]
+        return rng.integers(np.minimum(begin + config.history.train_items, end - 1), end)
     if config.history.order == "time":
         eligible = np.arange(len(block.item_idx.values)) > np.repeat(block.item_idx.offsets[:-1], lengths)
     else:
@@ -133,7 +138,7 @@ def train_histories(
     row = block.row[targets]
     begin, end = block.item_idx.offsets[row], block.item_idx.offsets[row + 1]
     if config.history.order == "time":
-        return _window(catalog, block, begin, targets, config.history.train_items)
+        return _window(config, catalog, block, begin, targets, config.history.train_items)
     return _sample(catalog, block, begin, end, targets, config.history.train_items, rng)
 
 
@@ -143,26 +148,31 @@ def eval_histories(config: Config, catalog: Catalog, block: Block, rng: np.rando
     num_targets = np.bincount(block.row, weights=block.is_target, minlength=len(block.user_idx)).astype(np.int64)
     end = block.item_idx.offsets[1:] - num_targets
     if config.history.order == "time":
-        return _window(catalog, block, begin, end, config.history.eval_items)
+        return _window(config, catalog, block, begin, end, config.history.eval_items)
     nothing = np.full(len(begin), -1)
     return _sample(catalog, block, begin, end, nothing, config.history.eval_items, rng)
 
 
-def _window(catalog: Catalog, block: Block, begin: np.ndarray, end: np.ndarray, num_items: int) -> History:
-    """The latest `num_items` events of [begin, end), with their time features."""
+def _window(
+    config: Config, catalog: Catalog, block: Block, begin: np.ndarray, end: np.ndarray, num_items: int
+) -> History:
+    """The latest `num_items` events of [begin, end), with their time features: seen from the latest event, or with
+    causal attention, where each event is the latest once, from the event before."""
     length = np.minimum(end - begin, num_items)[:, None]
     column = np.arange(num_items)
     filled = column < length
     event = np.where(filled, end[:, None] - length + column, 0)
     history = _lookup(block, event, filled)
+    causal = config.history.attention == "causal"
     if not catalog.has_time:
         gap = np.zeros_like(history.gap)
     else:
-        ts = block.ts[event]
-        latest = block.ts[np.maximum(end - 1, 0)][:, None]
-        known = filled & (ts != schema.NO_TIME) & (latest != schema.NO_TIME)
-        gap = np.where(known, gap_bucket(latest - ts), 0)
-    return replace(history, recency=np.where(filled, length - column, 0), gap=gap)
+        first = np.broadcast_to(begin[:, None], event.shape)
+        since, until = (np.maximum(event - 1, first), event) if causal else (event, np.maximum(end - 1, 0)[:, None])
+        start, stop = block.ts[since], block.ts[until]
+        known = filled & (start != schema.NO_TIME) & (stop != schema.NO_TIME)
+        gap = np.where(known, gap_bucket(stop - start), 0)
+    return replace(history, recency=np.where(filled & (not causal), length - column, 0), gap=gap)
 
 
 def _sample(

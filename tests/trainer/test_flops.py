@@ -24,6 +24,7 @@ def test_a_step_is_what_torch_counts(weights):
     )  # fmt: skip
     model = ColaRec(config)
     batch = {"user": inputs(B, L), "gid": torch.zeros(B, T, dtype=torch.long), "weight": torch.ones(B)}
+    batch["at"] = batch["user"]["eos"]
     item = inputs(N, M) | {"gid": torch.zeros(N, T, dtype=torch.long)}
     batch |= {"item": item, "negative": torch.zeros(B, dtype=torch.long)}
     batch |= {"index_rows": torch.arange(N), "index_weight": torch.ones(N) / N}
@@ -35,5 +36,6 @@ def test_a_step_is_what_torch_counts(weights):
             model.encode(batch["item"])
         counted += 2 * forward_only.get_total_flops()
     # torch also counts the gradient of the inputs of the first layers and of what no weight needs.
-    lengths = {"user": (B, B * L, B * L**2), "item": (N, N * M, N * M**2), "decoded item": (N, N * M, N * M**2)}
+    user, item = (B, B * L, B * L**2), (N, N * M, N * M**2)
+    lengths = {"user": user, "decoded user": user, "item": item, "decoded item": item}
     assert step_flops(config, lengths) == pytest.approx(counted, rel=0.03)

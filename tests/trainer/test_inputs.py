@@ -22,12 +22,14 @@ def catalog() -> Catalog:
         vocab_size=20,
         num_users=20,
         event_weights=np.array([1, 0.5, 2], np.float32),
+        events_per_user=4.0,
         has_time=True,
     )
 
 
 def settings(tmp_path, **changes):
     (tmp_path / "c.toml").write_text("")
+    changes = {"history__attention": "full"} | changes
     return config_module.load(str(tmp_path / "c.toml"), {k.replace("__", "."): v for k, v in changes.items()})
 
 

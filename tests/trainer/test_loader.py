@@ -1,6 +1,6 @@
 import dataclasses
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 
 import fsspec
 import numpy as np
@@ -212,7 +212,7 @@ def test_an_epoch_sees_about_every_target_once(room):
     blocks = [samples.read_shard(shard) for shard in loader.shard_paths(corpus, "train")]
     expected = Counter()
     for block in blocks:
-        for target in samples.train_targets(config, block):
+        for target in samples.train_targets(config, block, np.random.default_rng(0)):
             expected[(int(block.item_idx.values[target]), int(block.ts[target]))] += 1
     steps = loader.steps_per_epoch(config, corpus)
     assert steps == sum(expected.values()) // config.train.global_batch
@@ -267,17 +267,56 @@ def test_batch_sizes_that_do_not_divide_are_refused(tmp_path):
 
 
 def test_log_q_tells_how_often_an_item_is_drawn(tmp_path):
-    config, corpus, catalog, _ = tiny.tiny_room(tmp_path / "work", loss__contrastive="0", train__length_groups="1")
+    config, corpus, catalog, _ = tiny.tiny_room(tmp_path / "work")
     shards = loader.shard_paths(corpus, "train")
     batches = [batch for (batch,) in loader.TrainBatches(config, catalog, shards, 0, 1, range(600), 10)]
     drawn, rate = np.zeros(catalog.num_items + 1), np.zeros(catalog.num_items + 1)
     for batch in batches:
-        items = batch["item"]["item"][:, 1].numpy()
-        np.add.at(drawn, items[torch.cat([batch["positive"], batch["negative"]])], 1)
+        items = batch["candidate"]["item"][batch["random"]].numpy()
+        np.add.at(drawn, items, 1)
         rate[items] = np.exp(batch["log_q"])
-    # Of a target there are one positive and one negative item.
-    assert rate.sum() == pytest.approx(2, rel=1e-5)
-    share = drawn / len(batches) / config.train.global_batch
-    # A negative is never an item that its user has: on 40 items that is not quite uniform.
-    assert np.corrcoef(rate[1:], share[1:])[0, 1] > 0.7
-    assert np.abs(rate - share).mean() < 0.1 * rate.mean()
+    assert rate.sum() == pytest.approx(config.train.negatives, rel=1e-5)
+    root = np.sqrt(np.maximum(catalog.popularity, catalog.popularity[catalog.popularity > 0].min()))[1:]
+    assert rate[1:] == pytest.approx(root / root.sum() * config.train.negatives, rel=1e-4)
+    assert drawn / len(batches) == pytest.approx(rate, rel=0.25)
+
+
+@pytest.fixture
+def causal(tmp_path):
+    """(config, corpus, catalog) with causal attention and windows of 5 items, fewer than some users have."""
+    settings = {"history__attention": "causal", "history__train_items": "5", "train__length_groups": "1"}
+    return tiny.tiny_room(tmp_path / "work", **settings)[:3]
+
+
+def test_causal_windows_have_a_target_after_every_item(causal):
+    config, corpus, catalog = causal
+    users = {tuple(s[:-2].tolist()) for s in tiny.sequences(60, 40)}
+    shards = loader.shard_paths(corpus, "train")
+    met = set()
+    for (batch,) in loader.TrainBatches(config, catalog, shards, 0, 1, range(8), 100):
+        rows = defaultdict(list)
+        item = batch["candidate"]["item"][batch["next"]]
+        for row, at, target in zip(batch["next_row"].tolist(), batch["next_at"].tolist(), item.tolist(), strict=True):
+            rows[row].append((at, target))
+        for row, targets in rows.items():
+            history = [i for i in batch["user"]["item"][row].tolist() if i]
+            assert [at for at, _ in targets] == list(range(1, len(history) + 1))
+            window = (*history, targets[-1][1])
+            assert [target for _, target in targets] == list(window[1:])
+            owners = [u for u in users if any(u[i : i + len(window)] == window for i in range(len(u)))]
+            assert len(window) in {min(len(user), 6) for user in owners}
+            met |= set(owners)
+            at = int(batch["at"][row])
+            assert batch["gid"][row].tolist() == catalog.gids[window[at]].tolist()
+            assert batch["user"]["eos"][row] == len(history)
+        assert sum(len(targets) for targets in rows.values()) == len(item)
+    assert len(met) > 50
+
+
+def test_causal_gaps_are_those_to_the_event_before(causal):
+    config, corpus, catalog = causal
+    batch = next(loader.eval_batches(config, catalog, corpus, "test", 60, 0, 1))
+    items, gaps = batch["user"]["item"], batch["user"]["gap"]
+    # Events are an hour apart; what is before the window is known, of a user's first event nothing is.
+    assert set(gaps[:, 2:][items[:, 2:] > 0].tolist()) == {1 + int(np.log2(3601))}
+    assert batch["user"]["recency"].sum() == 0

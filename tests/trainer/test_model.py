@@ -1,5 +1,5 @@
 import dataclasses
-import math
+import itertools
 
 import numpy as np
 import pytest
@@ -37,12 +37,20 @@ def log_p(model, states, gid):
     """log p(z_t | X, z_<t) of each level, the decoder run anew for every prefix, straight from the equation."""
     result = []
     for t in range(len(gid)):
-        embeds = [model.start_D, *(model.codebook_TKD[s, gid[s]] for s in range(t))]
-        outputs = model.decoder(inputs_embeds=torch.stack(embeds)[None], encoder_hidden_states=states)
+        embeds = torch.stack([model.start_D, *(model.codebook_TKD[s, gid[s]] for s in range(t))])
+        outputs = model.decoder(inputs_embeds=embeds[None] * embeds.shape[1] ** 0.5, encoder_hidden_states=states)
         d = outputs.last_hidden_state[0, -1]
-        scores = [d @ model.codebook_TKD[t, k] / math.sqrt(len(d)) for k in range(model.codebook_TKD.shape[1])]
+        scores = [d @ model.codebook_TKD[t, k] for k in range(model.codebook_TKD.shape[1])]
         result.append(torch.log_softmax(torch.stack(scores), 0)[gid[t]])
     return result
+
+
+def item_vectors(model, candidate):
+    """Slot and mean content token of each, straight from the tables."""
+    offsets = [*candidate["content_offsets"].tolist(), len(candidate["content_tokens"])]
+    contents = [candidate["content_tokens"][begin:end] for begin, end in itertools.pairwise(offsets)]
+    means = [model.token.weight[tokens].mean(0) for tokens in contents]
+    return model.item.weight[candidate["item"]] + torch.stack(means)
 
 
 @pytest.mark.parametrize("encoding", ["tokens", "pooled"])
@@ -60,7 +68,7 @@ def test_losses_are_those_of_the_equations(room, encoding):
     h = [s[0, -1] for s in item]
     scale = config.model.d_model**-0.5
     expected = dict.fromkeys(("rec", "index", "bpr", "softmax", "contrastive"), 0.0)
-    h_I = torch.stack(h)
+    v = item_vectors(model, batch["candidate"])
     for row in range(size):
         user = state(batch["user"], row)
         positive, negative, sibling = (int(batch[n][row]) for n in ("positive", "negative", "sibling"))
@@ -69,10 +77,10 @@ def test_losses_are_those_of_the_equations(room, encoding):
         for i in (positive, negative):
             expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist())) / 3 / size
         expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) * weight
-        scores = scale * h_I @ user[0, -1] - batch["log_q"]
-        items = batch["item"]["item"][:, 1].tolist()
-        of_item = dict(zip(items, scores, strict=True))  # an item counts once
-        expected["softmax"] -= (scores[positive] - torch.logsumexp(torch.stack([*of_item.values()]), 0)) * weight
+        scores, target = v @ user[0, -1], batch["next"][row]
+        others = batch["random"] != target
+        random = scores[batch["random"]][others] - batch["log_q"][others]
+        expected["softmax"] -= (scores[target] - torch.logsumexp(torch.cat([random, scores[target, None]]), 0)) * weight
         if batch["sibling_weight"][row]:
             expected["contrastive"] -= torch.log(torch.sigmoid(scale * h[positive] @ (h[sibling] - h[negative]))) / size
     for name, value in expected.items():
@@ -95,20 +103,23 @@ def steps(config, corpus, catalog, rank=0, world_size=1, **changes):
 def test_losses_do_not_depend_on_the_cut_nor_on_the_ranks(tmp_path, encoding):
     config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", history__encoding=encoding)
 
+    names = ("softmax", "rec", "index", "bpr", "contrastive")
+
     def losses(**kwargs):
         """Of each step, the sums over its micro-batches."""
         found = []
         for micros in steps(config, corpus, catalog, **kwargs):
             parts = [model(micro) for micro in micros]
-            found.append([sum(part[name].item() for part in parts) for name in parts[0]])
+            found.append([sum(part[name].item() for part in parts) for name in names])
         return np.array(found)
 
     whole = losses(length_groups=1)
     assert np.allclose(losses(length_groups=4), whole, rtol=1e-5)
     assert np.allclose(losses(micro_tokens=150), whole, rtol=1e-5)
     assert np.allclose(losses(micro_tokens=1, length_groups=3), whole, rtol=1e-5)  # target by target
-    ranks = [losses(rank=rank, world_size=2, micro_tokens=100) for rank in range(2)]
-    assert np.allclose(np.mean(ranks, 0), whole, rtol=1e-5)
+    # The random items of the softmax are those of all ranks, which test_exact.py starts.
+    ranks = [losses(rank=rank, world_size=2, micro_tokens=100)[:, 1:] for rank in range(2)]
+    assert np.allclose(np.mean(ranks, 0), whole[:, 1:], rtol=1e-5)
 
 
 def test_a_filler_has_no_influence(tmp_path):
@@ -129,16 +140,18 @@ def test_pooled_content_is_the_mean_of_the_token_embeddings(room):
     offsets = [*batch["user"]["content_offsets"].tolist(), len(batch["user"]["content_tokens"])]
     tokens = batch["user"]["content_tokens"][offsets[bag] : offsets[bag + 1]]
     others = [getattr(model, n)(batch["user"][n][row, column]) for n in ("item", "event", "recency", "gap")]
-    assert torch.allclose(x[row, column], model.token.weight[tokens].mean(0) + sum(others), atol=1e-6)
+    expected = (model.token.weight[tokens].mean(0) + sum(others)) * x.shape[-1] ** 0.5
+    assert torch.allclose(x[row, column], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("off", "left"),
     [
-        ("rec", {"index", "bpr", "contrastive"}),
-        ("index", {"rec", "bpr", "contrastive"}),
-        ("bpr", {"rec", "index", "contrastive"}),
-        ("contrastive", {"rec", "index", "bpr"}),
+        ("rec", {"index", "bpr", "softmax", "contrastive"}),
+        ("index", {"rec", "bpr", "softmax", "contrastive"}),
+        ("bpr", {"rec", "index", "softmax", "contrastive"}),
+        ("softmax", {"rec", "index", "bpr", "contrastive"}),
+        ("contrastive", {"rec", "index", "bpr", "softmax"}),
     ],
 )
 def test_each_loss_can_be_switched_off(room, off, left):
@@ -149,7 +162,7 @@ def test_each_loss_can_be_switched_off(room, off, left):
 def test_without_item_losses_no_item_is_encoded(room):
     _, model, batch = room(loss__index="0", loss__bpr="0", loss__contrastive="0")
     assert "item" not in batch
-    assert set(model(batch)) == {"rec", "loss"}
+    assert set(model(batch)) == {"rec", "softmax", "loss"}
 
 
 def test_every_weight_learns(room):
@@ -166,3 +179,34 @@ def test_item_init_keeps_inner_products_up_to_a_factor(room):
     before, after = embeddings[1:] @ embeddings[1:].T, model.item.weight[1:] @ model.item.weight[1:].T
     assert torch.allclose(after / after.norm(), before / before.norm(), atol=1e-5)
     assert model.item.weight[0].abs().sum() == 0
+
+
+@torch.no_grad()
+def test_a_causal_encoder_gives_what_it_would_give_of_the_shorter_history(room):
+    _, model, batch = room(history__attention="causal", train__length_groups="2")
+    states, eos = model.encode(batch["user"]), batch["user"]["eos"]
+    row = int(eos.argmax())
+    for length in range(1, int(eos[row]) + 1):
+        shorter = {
+            k: v[row : row + 1, : length + 1] for k, v in batch["user"].items() if torch.is_tensor(v) and v.ndim > 1
+        }
+        shorter |= {k: batch["user"][k] for k in ("content_tokens", "content_offsets")}
+        assert torch.allclose(model.encode(shorter)[0, -1], states[row, length], atol=1e-5)
+
+
+@torch.no_grad()
+def test_with_a_causal_encoder_the_softmax_has_a_target_after_every_item(room):
+    _, model, batch = room(history__attention="causal", loss__softmax="1")
+    losses = model(batch)
+    states, v = model.encode(batch["user"]), item_vectors(model, batch["candidate"])
+    softmax, rec = 0.0, 0.0
+    for row, at, target, weight in zip(
+        *(batch[name].tolist() for name in ("next_row", "next_at", "next", "next_weight")), strict=True
+    ):
+        scores, others = v @ states[row, at], batch["random"] != target
+        random = scores[batch["random"]][others] - batch["log_q"][others]
+        softmax -= (scores[target] - torch.logsumexp(torch.cat([random, scores[target, None]]), 0)) * weight
+    for row, at in enumerate(batch["at"].tolist()):
+        rec -= sum(log_p(model, states[row : row + 1, : at + 1], batch["gid"][row].tolist())) / 3 * batch["weight"][row]
+    assert losses["softmax"].item() == pytest.approx(float(softmax), rel=1e-4)
+    assert losses["rec"].item() == pytest.approx(float(rec), rel=1e-4)

@@ -26,7 +26,7 @@ def room(tmp_path):
 
 def test_time_history_is_what_came_before(room):
     config, catalog, block, users = room()
-    targets = samples.train_targets(config, block)
+    targets = samples.train_targets(config, block, np.random.default_rng(0))
     assert len(targets) == sum(len(s) - 1 for s in users.values())
     history = samples.train_histories(config, catalog, block, targets, np.random.default_rng(0))
     sequences = list(users.values())
@@ -47,7 +47,7 @@ def test_time_history_is_what_came_before(room):
 
 def test_set_history_is_everything_but_the_target(room):
     config, catalog, block, users = room(history__order="set", history__train_items="20")
-    targets = samples.train_targets(config, block)
+    targets = samples.train_targets(config, block, np.random.default_rng(0))
     rng = np.random.default_rng(0)
     history = samples.train_histories(config, catalog, block, targets, rng)
     k, orders = 0, set()
@@ -74,7 +74,7 @@ def test_eval_history_ends_before_the_targets(room):
 
 def test_negatives_are_of_another_prefix_and_unknown_to_the_user(room):
     config, catalog, block, users = room()
-    targets = samples.train_targets(config, block)
+    targets = samples.train_targets(config, block, np.random.default_rng(0))
     drawn = set()
     for seed in range(20):
         negatives = samples.draw_negatives(catalog, block, targets, np.random.default_rng(seed))
@@ -103,7 +103,7 @@ def test_siblings_share_the_prefix(room):
 
 def test_a_set_history_is_a_uniform_sample(room):
     config, catalog, block, users = room(history__order="set", history__train_items="2")
-    targets = samples.train_targets(config, block)
+    targets = samples.train_targets(config, block, np.random.default_rng(0))
     rng, drawn = np.random.default_rng(0), [Counter() for _ in targets]
     for _ in range(400):
         history = samples.train_histories(config, catalog, block, targets, rng)
