@@ -17,7 +17,7 @@ from eval.users import EvalUsers
 
 NUM_NEIGHBOURS = 100
 K1S = (0.1, 0.4, 1.2)
-BS = (0.0, 0.25, 0.5, 0.75)
+BS = (0.25, 0.5, 0.75)
 
 
 def item_knn(fit: Fit, users: EvalUsers, k: int, mask_seen: bool) -> Ranking:

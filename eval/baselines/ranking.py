@@ -3,6 +3,7 @@
 N: users, U: user ids, I: item ids, B: users of a block, k: recommendations per user.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from trainer.samples import read_shard
 # Scores of a block of users, or overlaps of a block of items. Arrays of a few MB are reused by the allocator
 # and stay in the cache, which makes them faster than large ones.
 MAX_BLOCK_CELLS = 1 << 18
+# Settings are chosen on a sample of the valid users when there are more.
+MAX_VALID_USERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Fit:
     """What baselines learn from. Row and column 0 are padding."""
 
     train: sp.csr_matrix  # float64 (U + 1, I + 1), 1 where a user has an item
-    valid: EvalUsers  # to choose settings on
+    valid: EvalUsers  # to choose settings on, a sample
     user_embeddings: np.ndarray  # float32 (U + 1, d), LightGCN
     item_embeddings: np.ndarray  # float32 (I + 1, d)
     sequences: Ragged  # int32 item_idx: the train events of each user in time order
@@ -71,10 +74,12 @@ def read_fit(
     blocks = [read_shard(path) for path in shard_paths(corpus, "train")]
     lengths = np.concatenate([block.item_idx.lengths for block in blocks])
     items = np.concatenate([block.item_idx.values for block in blocks])
+    valid = read_eval_users(corpus, "valid")
+    valid = valid.take(np.arange(0, len(valid), math.ceil(len(valid) / MAX_VALID_USERS)))
     ts = None if corpus.manifest["time_unit"] == "order" else np.concatenate([block.ts for block in blocks])
     return Fit(
         train,
-        read_eval_users(corpus, "valid"),
+        valid,
         user_embeddings,
         item_embeddings,
         Ragged(items, np.concatenate([[0], np.cumsum(lengths)])),

@@ -34,7 +34,6 @@ TRAINING = {
     "min_batch": 16,
     "max_batch": 1024,
     "patience": 5,  # epochs without a better valid NDCG@10
-    "valid_users": 10_000,  # at most
     "full_softmax": 2_000,  # items at most; above, the loss is estimated from so many negatives
     "num_negatives": 1024,
     "alpha": 0.5,  # negatives are drawn by the number of train events to this power
@@ -96,8 +95,7 @@ def train(model: SASRec, fit: Fit, mask_seen: bool) -> int:
     rng = np.random.default_rng(fit.config.seed)
     windows = cut_windows(fit.sequences.offsets, model.max_items)
     log_q = log_proposal(np.bincount(fit.sequences.values, minlength=fit.train.shape[1])).to(device)
-    rows = np.arange(0, len(fit.valid), math.ceil(len(fit.valid) / TRAINING["valid_users"]))
-    valid, num_epochs = fit.valid.take(rows), fit.config.eval.sasrec_epochs
+    valid, num_epochs = fit.valid, fit.config.eval.sasrec_epochs
     batch_size = int(np.clip(len(windows) // TRAINING["steps_per_epoch"], TRAINING["min_batch"], TRAINING["max_batch"]))
     num_steps = num_epochs * math.ceil(len(windows) / batch_size)
     optimizer = torch.optim.Adam(model.parameters(), lr=TRAINING["lr"], betas=(0.9, 0.98))
