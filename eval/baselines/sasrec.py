@@ -23,7 +23,7 @@ from torch import nn
 
 from contract.metrics import ranking_metrics
 from contract.schema import Ragged
-from eval.baselines.ranking import Fit, Ranking, rank_by_product
+from eval.baselines.ranking import Fit, LeftOut, Ranking, rank_by_product
 from eval.users import EvalUsers
 
 MODEL = {"dim": 64, "num_layers": 2, "num_heads": 2, "max_items": 50, "dropout": 0.4}
@@ -33,12 +33,12 @@ TRAINING = {
     "steps_per_epoch": 200,  # decides how many sequences a step takes, within these bounds
     "min_batch": 16,
     "max_batch": 1024,
+    "batches_sorted": 20,  # so many are cut from their sequences by length, which saves most padding
     "patience": 5,  # epochs without a better valid NDCG@10
     "full_softmax": 2_000,  # items at most; above, the loss is estimated from so many negatives
     "num_negatives": 1024,
     "alpha": 0.5,  # negatives are drawn by the number of train events to this power
 }
-BATCHES_SORTED = 20  # sequences of so many batches are cut into batches by length, which saves most padding
 
 
 class SASRec(nn.Module):
@@ -67,6 +67,9 @@ def sasrec(fit: Fit, users: EvalUsers, k: int, mask_seen: bool) -> Ranking:
     """score(u, i) = h_u . e_i, h_u the state after the last of u's history; the epoch of the best valid NDCG@10.
 
     A trained model is kept in fit.cache, so that it is trained once for a corpus.
+
+    Raises:
+        LeftOut: there is nothing to learn from.
     """
     device = torch.device(get_accelerator().current_device_name())
     settings = {**MODEL, **TRAINING, "epochs": fit.config.eval.sasrec_epochs, "seed": fit.config.seed}
@@ -94,6 +97,8 @@ def train(model: SASRec, fit: Fit, mask_seen: bool) -> int:
     device = model.items.weight.device
     rng = np.random.default_rng(fit.config.seed)
     windows = cut_windows(fit.sequences.offsets, model.max_items)
+    if not len(windows):
+        raise LeftOut("no user has two train events, one to be predicted from the other")
     log_q = log_proposal(np.bincount(fit.sequences.values, minlength=fit.train.shape[1])).to(device)
     valid, num_epochs = fit.valid, fit.config.eval.sasrec_epochs
     batch_size = int(np.clip(len(windows) // TRAINING["steps_per_epoch"], TRAINING["min_batch"], TRAINING["max_batch"]))
@@ -168,8 +173,9 @@ def cut_windows(offsets: np.ndarray, max_items: int) -> np.ndarray:
 def batches(values: np.ndarray, windows: np.ndarray, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
     """int64 (B, L): the windows in a random order, near lengths together, 0 behind the end of each."""
     order = rng.permutation(len(windows))
-    for start in range(0, len(order), BATCHES_SORTED * size):
-        near = windows[order[start : start + BATCHES_SORTED * size]]
+    together = TRAINING["batches_sorted"] * size
+    for start in range(0, len(order), together):
+        near = windows[order[start : start + together]]
         near = near[np.argsort(near[:, 1] - near[:, 0], kind="stable")]
         cuts = [near[i : i + size] for i in range(0, len(near), size)]
         for cut in rng.permutation(len(cuts)):

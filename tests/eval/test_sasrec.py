@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from eval.baselines import sasrec
+from eval.baselines import LeftOut, sasrec
 from eval.users import EvalUsers
 from tests.eval.rows import ragged
 from tests.eval.test_baselines import make_fit
@@ -119,6 +119,11 @@ def test_a_damaged_file_is_replaced(fit, tmp_path, content):
     file.write_bytes(content)
     np.testing.assert_array_equal(sasrec.sasrec(kept, fit.valid, 5, True).item_idx, expected)
     assert "items.weight" in safetensors.torch.load_file(file)
+
+
+def test_a_log_without_two_events_of_a_user_teaches_nothing(fit):
+    with pytest.raises(LeftOut, match="two train events"):
+        sasrec.sasrec(dataclasses.replace(fit, sequences=ragged([[1], [2], [3]])), fit.valid, 5, True)
 
 
 def test_the_caller_s_random_numbers_are_its_own(fit):
