@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 from contract.config import Config, Eval
 from contract.metrics import ranking_metrics
-from eval.baselines import BASELINES, Fit, LeftOut, ease, factors, neighbours, popularity, rank_all, ranking
+from eval.baselines import BASELINES, Fit, LeftOut, ease, factors, neighbours, popularity, rank_all, ranking, sasrec
 from eval.users import EvalUsers
 from tests.eval.rows import ragged
 
@@ -33,8 +33,20 @@ def make_fit() -> Fit:
     ts = np.repeat(np.arange(NUM_USERS) * 1000, length) + np.concatenate([np.arange(n) for n in length])
     user_embeddings = np.concatenate([np.zeros((1, 4)), np.eye(4)[TASTE]]).astype(np.float32)
     item_embeddings = np.concatenate([np.zeros((1, 4)), np.eye(4)[np.arange(NUM_ITEMS) // 8]]).astype(np.float32)
-    config = Config(eval=Eval(sasrec_epochs=20))
+    config = Config(eval=Eval(sasrec_epochs=12))
     return Fit(train, users, user_embeddings, item_embeddings, sequences, ts, config)
+
+
+@pytest.fixture(autouse=True)
+def small_sasrec(monkeypatch):
+    shrink_sasrec(monkeypatch)
+
+
+def shrink_sasrec(monkeypatch) -> None:
+    """A model that some dozens of steps train."""
+    for key, value in {"dim": 16, "num_layers": 1, "dropout": 0.0}.items():
+        monkeypatch.setitem(sasrec.MODEL, key, value)
+    monkeypatch.setitem(sasrec.TRAINING, "lr", 1e-2)
 
 
 @pytest.fixture(scope="module")
