@@ -14,8 +14,8 @@ from eval.baselines.ranking import Fit, Ranking, choose, history_matrix, rank_by
 from eval.users import EvalUsers
 
 NUM_FACTORS = 64
-ALPHAS = (1, 10)
-REGULARIZATIONS = (0.01, 1, 10)
+ALPHAS = (1, 10, 40)
+REGULARIZATIONS = (1, 10, 30)
 
 
 def als(fit: Fit, users: EvalUsers, k: int, mask_seen: bool) -> Ranking:
