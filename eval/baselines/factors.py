@@ -13,9 +13,9 @@ from threadpoolctl import threadpool_limits
 from eval.baselines.ranking import Fit, Ranking, choose, history_matrix, rank_by_product
 from eval.users import EvalUsers
 
-NUM_FACTORS = 64
+NUM_FACTORS = 128
 ALPHAS = (1, 10, 40)
-REGULARIZATIONS = (1, 10, 30)
+REGULARIZATIONS = (1, 10)
 
 
 def als(fit: Fit, users: EvalUsers, k: int, mask_seen: bool) -> Ranking:
