@@ -9,6 +9,7 @@ every user of the test split, train items masked, with eval/. Writes bench/resul
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -110,9 +111,9 @@ def _by_our_ids(rows: np.ndarray, tokens: np.ndarray, num_ids: int) -> np.ndarra
 def score(corpus: Artifact, gid: Artifact, users: np.ndarray, items: np.ndarray, split: str) -> dict[str, float]:
     """Recall and NDCG over all users of the split; items without train interactions have no embedding in either."""
     fit = baselines.read_fit(corpus, gid)
-    fit = baselines.Fit(fit.train, fit.valid, users, items)
+    fit = dataclasses.replace(fit, user_embeddings=users, item_embeddings=items)
     asked = read_eval_users(corpus, split)
-    ranked = baselines.lightgcn(fit, asked, max(CUTOFFS), mask_seen=True).item_idx
+    ranked = baselines.BASELINES["lightgcn"](fit, asked, max(CUTOFFS), mask_seen=True).item_idx
     return {name: float(values.mean()) for name, values in ranking_metrics(ranked, asked.targets, CUTOFFS).items()}
 
 

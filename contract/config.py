@@ -13,6 +13,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+BASELINES = ("popularity", "recent_popularity", "item_knn", "als", "ease", "lightgcn", "sasrec")
+
 
 def _opt(default, doc: str, choices: tuple = (), low: float | None = None, high: float | None = None):
     """A setting: its default, one line of documentation, and what it may be (bounds included)."""
@@ -329,9 +331,8 @@ class Eval:
     )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)
     mask_seen: bool = _opt(True, "items of a user's history are never recommended")
-    baselines: tuple[str, ...] = _opt(
-        ("popularity", "item_knn", "lightgcn"), "rankings reported beside ColaRec: popularity, item_knn, lightgcn"
-    )
+    baselines: tuple[str, ...] = _opt(BASELINES, "rankings reported beside ColaRec, see docs/baselines.md", BASELINES)
+    sasrec_epochs: int = _opt(30, "epochs that SASRec is trained for, at most; they take most of the time", low=1)
 
     @property
     def ranks_by(self) -> str:
@@ -486,6 +487,9 @@ def _checked(key: str, value, type_, f):
             value = [float(v) if type(v) is int else v for v in value]
         if not isinstance(value, (list, tuple)) or not all(type(v) is element for v in value):
             raise ValueError(f"{key} = {value!r}: must be a list of {element.__name__}")
+        choices = f.metadata["choices"]
+        if choices and (unknown := [v for v in value if v not in choices]):
+            raise ValueError(f"{key} = {list(value)}: {unknown[0]!r} is none of {', '.join(map(repr, choices))}")
         return tuple(value)
     if type_ is float and type(value) is int:
         value = float(value)

@@ -111,16 +111,11 @@ def score(
 ) -> table.Results:
     """Metrics of ColaRec and of the baselines over the same users."""
     k, num_items = max(config.eval.cutoffs), inputs["corpus"].counts["num_items"]
-    rankings, facts = {"ColaRec": recommended["item_idx"]}, {}
+    rankings = {"ColaRec": recommended["item_idx"]}
     rankings |= {f"ColaRec, {half}": recommended[half] for half in ("generative", "dense") if half in recommended}
-    fit = baselines.read_fit(inputs["corpus"], inputs["gid"])
-    for name in config.eval.baselines:
-        ranking = baselines.BASELINES[name](fit, users, k, config.eval.mask_seen)
-        rankings[name] = ranking.item_idx
-        chosen = ", ".join(f"{key} {value:g}" for key, value in ranking.settings.items())
-        if chosen:
-            facts[name] = f"{chosen} (chosen on valid)"
-        progress(f"ranked by {name}" + (f": {chosen}" if chosen else ""))
+    fit = baselines.read_fit(inputs["corpus"], inputs["gid"], config, progress)
+    others, facts = baselines.rank_all(fit, users, k, config.eval.mask_seen)
+    rankings |= others
     models, lead = metrics.compare(rankings, users.targets, config.eval.cutoffs, num_items, config.seed)
     trained = inputs["model"]
     # What the model was trained with, which the settings of [train] may no longer say.

@@ -9,6 +9,8 @@ from pathlib import Path
 import mlflow
 import pyarrow.parquet as pq
 
+from contract.config import BASELINES
+
 BIN = Path(sys.executable).parent
 CONFIG = """
 [data]
@@ -40,6 +42,7 @@ streams = 4
 
 [eval]
 beams = 20
+sasrec_epochs = 2
 """
 
 
@@ -69,7 +72,7 @@ def test_from_a_log_to_a_table(tmp_path):
     corpus = json.loads((tmp_path / "work" / "corpus" / "manifest.json").read_text())["counts"]
     assert corpus["num_rows_bad"] > 0  # the generated log has dirty rows
     metrics = json.loads((tmp_path / "work" / "eval" / "metrics.json").read_text())
-    models = ["ColaRec", "ColaRec, generative", "ColaRec, dense", "popularity", "item_knn", "lightgcn"]
+    models = ["ColaRec", "ColaRec, generative", "ColaRec, dense", *BASELINES]
     assert list(metrics["models"]) == models
     for model, values in metrics["models"].items():
         assert f"{values['recall@10']['mean']:.4f}" in output, model

@@ -44,6 +44,8 @@ OVERRIDES = {
     "train.epochs": "2",
     "eval.beams": "20",
     "eval.hybrid": "0",
+    "eval.baselines": "popularity,item_knn,lightgcn",
+    "eval.sasrec_epochs": "2",
     "eval.batch": "7",
 }
 

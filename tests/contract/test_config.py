@@ -45,6 +45,7 @@ def test_name_and_work_follow_the_file(tmp_path):
         ("[gid]\nmethod = 'magic'", {}, "gid.method = 'magic': must be one of 'collaborative', 'content'"),
         ("[eval]\ncutoffs = 5", {}, "eval.cutoffs = 5: must be a list of int"),
         ("[eval]\ncutoffs = [5, 'x']", {}, "must be a list of int"),
+        ("[eval]\nbaselines = ['als', 'best']", {}, "'best' is none of 'popularity', 'recent_popularity', 'item_knn'"),
         ("[eval]\ncutoffs = [5, 500]", {}, "eval.beams = 100"),
         ("", {"eval.cutoffs": ""}, "give at least one"),
         ("", {"eval.cutoffs": "5,x"}, "eval.cutoffs=x: must be of type int"),

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from contract.artifacts import open_artifact
-from contract.config import to_toml
+from contract.config import BASELINES, to_toml
 from eval.main import main
 from tests import tiny
 from trainer.main import main as train
@@ -55,6 +55,16 @@ def test_one_rank_and_two_give_the_same_numbers(trained):
     assert one["models"]["ColaRec"]["recall@10"]["mean"] == pytest.approx(hits / 60)
     names = {"ColaRec", "ColaRec, generative", "ColaRec, dense", "popularity", "item_knn", "lightgcn"}
     assert set(one["models"]) == names
+
+
+def test_every_baseline_is_in_the_table(trained):
+    config, file, _ = trained
+    main(["--config", str(file), f"--eval.baselines={','.join(BASELINES)}"])
+    results = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
+    assert list(results["models"]) == ["ColaRec", *BASELINES]
+    assert results["protocol"]["ease"].startswith("lambda ")
+    [kept] = (config.work_dir / "baselines").iterdir()
+    assert kept.name.startswith("sasrec-")
 
 
 def test_the_hybrid_is_shown_beside_its_halves(trained):
