@@ -6,7 +6,8 @@ a backward pass that costs twice the forward one. Work done again (train.recompu
 For a stack of N layers with a = heads x d_kv, over a sequence of length L:
 
     self-attention     N (8 L D a + 4 L^2 a)          projections q, k, v, o; scores and values
-    cross-attention    N (4 T D a + 4 L D a + 4 T L a)   T decoder positions reading L encoder states
+    cross-attention    N (4 T D a + 4 L D a + 4 T L a)   T decoder positions reading L encoder states; targets that
+                                                         read the same states share their keys and values, 4 L D a
     feed-forward       N 4 L D F
     code logits        2 D K per level
 """
@@ -28,12 +29,12 @@ def encoder_flops(config: ColaRecConfig, length: float, square: float) -> float:
     )
 
 
-def decoder_flops(config: ColaRecConfig, num_sequences: float, length: float) -> float:
-    """Forward FLOPs of decoding whole GIDs over encoder sequences whose lengths add up to `length`."""
+def decoder_flops(config: ColaRecConfig, num_sequences: float, read: float, length: float) -> float:
+    """Forward FLOPs of decoding so many whole GIDs, which read `read` encoder states in sum, out of `length`."""
     width, attention, levels = config.d_model, config.num_heads * config.d_kv, config.gid_length
     positions = num_sequences * levels
     layer = 8 * positions * width * attention + 4 * positions * levels * attention  # self
-    layer += 4 * positions * width * attention + 4 * length * width * attention + 4 * levels * length * attention
+    layer += 4 * positions * width * attention + 4 * length * width * attention + 4 * levels * read * attention
     layer += 4 * positions * width * config.d_ff
     return config.num_decoder_layers * layer + 2 * positions * width * config.branching
 
@@ -41,9 +42,9 @@ def decoder_flops(config: ColaRecConfig, num_sequences: float, length: float) ->
 def step_flops(config: ColaRecConfig, lengths: dict[str, tuple[int, int, int]]) -> float:
     """FLOPs of the forward and backward pass over a micro-batch, whose "lengths" `loader.TrainBatches` gives."""
     forward = sum(encoder_flops(config, *lengths[name][1:]) for name in ("user", "item") if name in lengths)
-    for name, loss in {"decoded user": "rec", "decoded item": "index"}.items():
+    for name, encoded, loss in (("decoded user", "user", "rec"), ("decoded item", "decoded item", "index")):
         if name in lengths and config.loss_weights[loss]:
-            forward += decoder_flops(config, *lengths[name][:2])
+            forward += decoder_flops(config, *lengths[name][:2], lengths[encoded][1])
     return 3 * forward
 
 

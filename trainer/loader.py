@@ -90,11 +90,9 @@ class TrainBatches(torch.utils.data.IterableDataset):
     sum over the list is the mean over the rank's share. A micro-batch is a dict of int64 tensors:
 
         user: X_u, see `inputs._assemble`, rows by length, with groups
-        at (B,): the position of X_u after which the target comes, its last one, or with causal attention any;
-        gid (B, l)
-        weight float32 (B,): of the targets in L_rec and L_bpr
-        next_row, next_at (S,): all targets of L_softmax, as rows of user and positions in them; without causal
-        attention those above; next_weight float32 (S,)
+        next_row, next_at (S,): the targets, as rows of user and the positions in them that they come after; a row has
+        one, after its last position, or with causal attention one after each item; next_gid (S, l); next_weight (S,)
+        at (B,): the position of that target of each row which the losses of items take; weight float32 (B,)
         candidate: item (N,), distinct, with content bags; and into it next (S,), the targets, and random (R,), the
         items that are drawn at random for the step; log_q float32 (R,): log of how often each of these is drawn
         item: X_i of the distinct items in use, rows by length, with groups and gid (N, l), when a loss needs it; and
@@ -107,7 +105,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         groups (of user and item): [begin, end, width] of the runs of rows that are encoded together, see
         `inputs.length_groups`. Always train.length_groups of them: under ZeRO 3 every pass of every rank must be alike
         num_tokens, num_positions: encoder positions of X_u and X_i in use, and with padding
-        lengths: of X_u, of what of it is decoded from, of X_i and of the X_i that are decoded:
+        lengths: of X_u, of what of it the targets are decoded from, of X_i and of the X_i that are decoded:
         {name: (rows, sum of lengths, sum of their squares)}
         shard: names, for messages
     """
@@ -169,11 +167,20 @@ class TrainBatches(torch.utils.data.IterableDataset):
         """A micro-batch of targets sorted by length. share: float32 (B,), the weight of a target."""
         config, catalog = self.config, self.catalog
         history = History(*(drawn[name] for name in ("item_idx", "event", "recency", "gap")))
-        batch = {"user": inputs.user_inputs(config, catalog, history), "gid": catalog.gids[drawn["positive"]]}
-        batch["at"] = drawn["column"] + 1 if config.history.attention == "causal" else batch["user"]["eos"]
-        batch["weight"] = drawn["weight"] * share
+        batch = {"user": inputs.user_inputs(config, catalog, history), "weight": drawn["weight"] * share}
+        if config.history.attention == "causal":
+            # By the average of all users and not by the number here, which the cut and the ranks would decide.
+            per_user = min(max(1.0, catalog.events_per_user - 1), config.history.train_items)
+            row, column = np.nonzero(drawn["next_item"])
+            target = drawn["next_item"][row, column]
+            batch |= {"next_row": row, "next_at": column + 1, "at": drawn["column"] + 1}
+            batch["next_weight"] = drawn["next_weight"][row, column] * share[row] / np.float32(per_user)
+        else:
+            target, at = drawn["positive"], batch["user"]["eos"]
+            batch |= {"next_row": np.arange(len(at)), "next_at": at, "next_weight": batch["weight"], "at": at}
+        batch["next_gid"] = catalog.gids[target]
         if config.loss.softmax:
-            batch |= self._softmax(drawn, batch, share, random_items)
+            batch |= self._candidates(target, random_items)
         if names := self._item_names():
             distinct, rows = self._distinct_by_length(np.stack([drawn[name] for name in names]))
             batch["item"] = inputs.item_inputs(config, catalog, distinct, key=config.seed * 1_000_003 + step)
@@ -193,29 +200,15 @@ class TrainBatches(torch.utils.data.IterableDataset):
             "lengths": _lengths(batch),
         }
 
-    def _softmax(
-        self, drawn: dict[str, np.ndarray], batch: dict, share: np.ndarray, random_items: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """The targets of L_softmax, and what they are ranked above."""
-        config, catalog = self.config, self.catalog
-        if config.history.attention == "causal":
-            # By the average of all users and not by the number here, which the cut and the ranks would decide.
-            per_user = min(max(1.0, catalog.events_per_user - 1), config.history.train_items)
-            row, column = np.nonzero(drawn["next_item"])
-            at, item = column + 1, drawn["next_item"][row, column]
-            weight = drawn["next_weight"][row, column] * share[row] / np.float32(per_user)
-        else:
-            row, at, item, weight = np.arange(len(share)), batch["at"], drawn["positive"], batch["weight"]
-        candidates, rows = np.unique(np.concatenate([item, random_items]), return_inverse=True)
-        num_drawn = len(random_items) * config.train.streams // len(self.streams)
-        probability = np.diff(catalog.negative_cdf)[random_items - 1]
+    def _candidates(self, target: np.ndarray, random_items: np.ndarray) -> dict:
+        """What L_softmax ranks: targets (S,) above random items (R,)."""
+        distinct, rows = np.unique(np.concatenate([target, random_items]), return_inverse=True)
+        num_drawn = len(random_items) * self.config.train.streams // len(self.streams)  # of all ranks
+        probability = np.diff(self.catalog.negative_cdf)[random_items - 1]
         return {
-            "next_row": row,
-            "next_at": at,
-            "next_weight": weight,
-            "candidate": {"item": candidates} | inputs.content_bags(catalog, candidates),
-            "next": rows[: len(item)],
-            "random": rows[len(item) :],
+            "candidate": {"item": distinct} | inputs.content_bags(self.catalog, distinct),
+            "next": rows[: len(target)],
+            "random": rows[len(target) :],
             "log_q": np.log(num_drawn * probability).astype(np.float32),
         }
 
@@ -258,7 +251,7 @@ def cut(user_length: np.ndarray, item_positions: np.ndarray, budget: int) -> lis
 def _lengths(batch: dict) -> dict[str, tuple[int, int, int]]:
     """What `flops.step_flops` needs to know of a micro-batch of arrays."""
     lengths = {side: batch[side]["eos"] + 1 for side in ("user", "item") if side in batch}
-    lengths["decoded user"] = batch["at"] + 1
+    lengths["decoded user"] = batch["next_at"] + 1
     if "item" in batch:
         lengths["decoded item"] = lengths["item"][batch["index_rows"]]
     return {name: (len(length), int(length.sum()), int(np.square(length).sum())) for name, length in lengths.items()}

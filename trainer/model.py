@@ -12,12 +12,12 @@ mean of its content tokens. A step draws its random items on all ranks together,
 takes out how often j is drawn, q_j (Yi et al., RecSys 2019), so that in expectation it is the softmax over all items.
 
 A causal encoder reads X_u from left to right: the state at its t-th item is h of a user with t items, so that one pass
-has a target after every item. L_softmax takes all of them; L_rec and the losses of items take one, drawn at random.
+has a target after every item. L_rec and L_softmax take all of them, the losses of items one, drawn at random.
 
 h(X) is the encoder's state at eos. h . h, which the paper leaves unscaled, is scaled by d_model^-0.5: with
 RMS-normalised states it would start saturated.
 
-Axes in names: B rows, L encoder positions, T levels of a GID (T = l), K codes, D width.
+Axes in names: B rows, L encoder positions, N targets of a row, T levels of a GID (T = l), K codes, D width.
 """
 
 import torch
@@ -216,13 +216,40 @@ class ColaRec(PreTrainedModel):
 
     def gid_loss(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor, gid_BT: torch.Tensor) -> torch.Tensor:
         """(B, T): -log p(z_t | X, z_<t)."""
-        d_BTD = self.decoder(
-            inputs_embeds=self.decoder_inputs(gid_BT[:, :-1]),
+        return _cross_entropy(self.decode(states_BLD, mask_BL[:, None], gid_BT[:, None])[:, 0], gid_BT)
+
+    def decode(self, states_BLD: torch.Tensor, mask_BNL: torch.Tensor, gid_BNT: torch.Tensor) -> torch.Tensor:
+        """Code logits (B, N, T, K) of N targets of each row, which read the same states, each what its mask shows.
+
+        They are one sequence for the decoder, so that keys and values of the states are computed once; masks keep them
+        apart, and T5's position bias knows distances alone.
+        """
+        size, num_targets, levels = gid_BNT.shape
+        x_BSD = self.decoder_inputs(gid_BNT[..., :-1].flatten(0, 1)).view(size, num_targets * levels, -1)
+        place = torch.arange(num_targets * levels, device=x_BSD.device)
+        own_SS = (place // levels == place[:, None] // levels) & (place <= place[:, None])
+        d_BSD = self.decoder(
+            inputs_embeds=x_BSD,
+            attention_mask=own_SS.expand(size, 1, -1, -1),
             encoder_hidden_states=states_BLD,
-            encoder_attention_mask=mask_BL,
+            encoder_attention_mask=mask_BNL.repeat_interleave(levels, 1)[:, None],
         ).last_hidden_state
-        logits = self.code_logits(d_BTD).float()
-        return F.cross_entropy(logits.flatten(0, 1), gid_BT.flatten(), reduction="none").view_as(gid_BT)
+        return self.code_logits(d_BSD.reshape(size * num_targets, levels, -1)).unflatten(0, (size, num_targets))
+
+    def _target_loss(self, states_BLD: torch.Tensor, batch: dict) -> torch.Tensor:
+        """L_rec of each target, float32 (S,), decoded in the runs of rows that were encoded together."""
+        size, longest, _ = states_BLD.shape
+        row, at, gid_ST = batch["next_row"], batch["next_at"], batch["next_gid"]
+        num_targets, column = (longest - 1, at - 1) if self.config.causal else (1, torch.zeros_like(at))
+        gid_BNT = gid_ST.new_zeros(size, num_targets, gid_ST.shape[1]).index_put((row, column), gid_ST)
+        at_BN = at.new_zeros(size, num_targets).index_put((row, column), at)
+        read_BNL = torch.arange(longest, device=at.device) <= at_BN[..., None]
+        parts = []
+        for begin, end, width in batch["user"].get("groups", [(0, size, longest)]):
+            rows, num = slice(begin, end), min(num_targets, width - 1)
+            logits = self.decode(states_BLD[rows, :width], read_BNL[rows, :num, :width], gid_BNT[rows, :num])
+            parts.append(F.pad(logits, (0, 0, 0, 0, 0, num_targets - num)))
+        return _cross_entropy(torch.cat(parts)[row, column], gid_ST).mean(1)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Losses as float32 scalars: those in use by name, and 'loss', their weighted sum.
@@ -233,9 +260,7 @@ class ColaRec(PreTrainedModel):
         weights, losses = self.config.loss_weights, {}
         user_states = self.encode(batch["user"])
         if weights["rec"]:
-            read = torch.arange(user_states.shape[1], device=user_states.device) <= batch["at"][:, None]
-            loss = self.gid_loss(user_states, batch["user"]["mask"] & read, batch["gid"])
-            losses["rec"] = (loss.mean(1) * batch["weight"]).sum()
+            losses["rec"] = (self._target_loss(user_states, batch) * batch["next_weight"]).sum()
         if weights["softmax"]:
             h_next = user_states[batch["next_row"], batch["next_at"]].float()
             v_candidate, item, random = (
@@ -273,6 +298,12 @@ class ColaRec(PreTrainedModel):
         """
         rows = batch["pair_row"]
         return -self.gid_loss(states_BLD[rows], batch["user"]["mask"][rows], batch["pair_gid"])
+
+
+def _cross_entropy(logits_BTK: torch.Tensor, gid_BT: torch.Tensor) -> torch.Tensor:
+    """Of each code, float32 (B, T)."""
+    logits = logits_BTK.float().flatten(0, 1)
+    return F.cross_entropy(logits, gid_BT.flatten(), reduction="none").view_as(gid_BT)
 
 
 def sampled_softmax(

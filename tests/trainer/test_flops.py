@@ -23,8 +23,9 @@ def test_a_step_is_what_torch_counts(weights):
         loss_weights=weights,
     )  # fmt: skip
     model = ColaRec(config)
-    batch = {"user": inputs(B, L), "gid": torch.zeros(B, T, dtype=torch.long), "weight": torch.ones(B)}
-    batch["at"] = batch["user"]["eos"]
+    batch = {"user": inputs(B, L), "weight": torch.ones(B), "next_row": torch.arange(B)}
+    batch |= {"next_gid": torch.zeros(B, T, dtype=torch.long), "next_weight": torch.ones(B)}
+    batch["at"] = batch["next_at"] = batch["user"]["eos"]
     item = inputs(N, M) | {"gid": torch.zeros(N, T, dtype=torch.long)}
     batch |= {"item": item, "negative": torch.zeros(B, dtype=torch.long)}
     batch |= {"index_rows": torch.arange(N), "index_weight": torch.ones(N) / N}

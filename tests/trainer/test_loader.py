@@ -42,13 +42,13 @@ def content(batch, row):
     items = batch["item"]["item"]
     names = ("positive", "negative", *(["sibling"] if batch["sibling_weight"][row] else []))
     drawn = {name: items[batch[name][row]].max().item() for name in names}
-    return str((user, batch["gid"][row].tolist(), drawn))
+    return str((user, batch["next_gid"][row].tolist(), drawn))
 
 
 def all_content(*ranks):
     """The samples of each step over all ranks and micro-batches, in any order; those that only fill up are left out."""
     return [
-        sorted(content(b, r) for b in itertools.chain(*step) for r in range(len(b["gid"])) if b["weight"][r] > 0)
+        sorted(content(b, r) for b in itertools.chain(*step) for r in range(len(b["next_gid"])) if b["weight"][r] > 0)
         for step in zip(*ranks, strict=True)
     ]
 
@@ -96,7 +96,7 @@ def test_weights_add_up_to_the_shares_of_the_step(room):
 
 def targets(batch):
     """item_idx of the targets, from GIDs as tests.tiny makes them."""
-    return (1 + batch["gid"] @ (4 ** torch.arange(2, -1, -1))).tolist()
+    return (1 + batch["next_gid"] @ (4 ** torch.arange(2, -1, -1))).tolist()
 
 
 @pytest.mark.parametrize("encoding", ["tokens", "pooled"])
@@ -306,10 +306,10 @@ def test_causal_windows_have_a_target_after_every_item(causal):
             owners = [u for u in users if any(u[i : i + len(window)] == window for i in range(len(u)))]
             assert len(window) in {min(len(user), 6) for user in owners}
             met |= set(owners)
-            at = int(batch["at"][row])
-            assert batch["gid"][row].tolist() == catalog.gids[window[at]].tolist()
+            at, positive = int(batch["at"][row]), int(batch["item"]["item"][batch["positive"][row], 1])
+            assert window[at] == positive
             assert batch["user"]["eos"][row] == len(history)
-        assert sum(len(targets) for targets in rows.values()) == len(item)
+        assert batch["next_gid"].tolist() == catalog.gids[item].tolist()
     assert len(met) > 50
 
 

@@ -58,7 +58,7 @@ def item_vectors(model, candidate):
 def test_losses_are_those_of_the_equations(room, encoding):
     config, model, batch = room(history__encoding=encoding, loss__softmax="0.5")
     losses = model(batch)
-    size = len(batch["gid"])
+    size = len(batch["next_gid"])
 
     def state(inputs, row):
         alone = rows_of(inputs, row)
@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_equations(room, encoding):
         user = state(batch["user"], row)
         positive, negative, sibling = (int(batch[n][row]) for n in ("positive", "negative", "sibling"))
         weight = batch["weight"][row]
-        expected["rec"] -= sum(log_p(model, user, batch["gid"][row].tolist())) / 3 * weight
+        expected["rec"] -= sum(log_p(model, user, batch["next_gid"][row].tolist())) / 3 * weight
         for i in (positive, negative):
             expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist())) / 3 / size
         expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) * weight
@@ -200,13 +200,11 @@ def test_with_a_causal_encoder_the_softmax_has_a_target_after_every_item(room):
     losses = model(batch)
     states, v = model.encode(batch["user"]), item_vectors(model, batch["candidate"])
     softmax, rec = 0.0, 0.0
-    for row, at, target, weight in zip(
-        *(batch[name].tolist() for name in ("next_row", "next_at", "next", "next_weight")), strict=True
-    ):
+    names = ("next_row", "next_at", "next", "next_gid", "next_weight")
+    for row, at, target, gid, weight in zip(*(batch[name].tolist() for name in names), strict=True):
         scores, others = v @ states[row, at], batch["random"] != target
         random = scores[batch["random"]][others] - batch["log_q"][others]
         softmax -= (scores[target] - torch.logsumexp(torch.cat([random, scores[target, None]]), 0)) * weight
-    for row, at in enumerate(batch["at"].tolist()):
-        rec -= sum(log_p(model, states[row : row + 1, : at + 1], batch["gid"][row].tolist())) / 3 * batch["weight"][row]
+        rec -= sum(log_p(model, states[row : row + 1, : at + 1], gid)) / 3 * weight
     assert losses["softmax"].item() == pytest.approx(float(softmax), rel=1e-4)
     assert losses["rec"].item() == pytest.approx(float(rec), rel=1e-4)
