@@ -176,6 +176,7 @@ class History:
         "'tokens': every content token is a position (the paper)",
         ("pooled", "tokens"),
     )
+    content: bool = _opt(True, "the encoder reads the items' texts; false: items are known by their embeddings alone")
     train_items: int = _opt(20, "history items at training, at most", low=1)
     eval_items: int = _opt(20, "history items at evaluation, at most", low=1)
     max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')", low=1)
@@ -205,8 +206,8 @@ class Model:
     item_table: str = _opt(
         "exact",
         "atomic item embeddings: 'exact': a row per item; 'hash': the sum of model.hash_functions rows of a table of "
-        "model.hash_rows",
-        ("exact", "hash"),
+        "model.hash_rows; 'none': items are known by their content alone",
+        ("exact", "hash", "none"),
     )
     user_table: str = _opt(
         "exact", "the same for the users in the slots of X_i; history.user_slots = 0: no table", ("exact", "hash")
@@ -324,6 +325,7 @@ class Tracking:
     uri: str = _opt("sqlite:///runs/mlflow.db", "MLflow tracking URI: sqlite:///path or http(s)://server")
     experiment: str = _opt("colarec", "MLflow experiment")
     log_model: bool = _opt(True, "keep the trained model (weights, config, card) in MLflow as well")
+    parent: str = _opt("", "MLflow run under which the runs of the stages are shown, see eval/ablate.py; empty: none")
     system_every: int = _opt(
         30,
         "seconds between two samples of what training uses of the first machine (CPU, memory, disk, GPUs); 0: none",
@@ -408,6 +410,13 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
     config = _build(Config, values)
     _check(config)
     return config
+
+
+def replace(config: Config, changes: dict) -> Config:
+    """The config with {dotted key: value} changed. Raises ValueError when the settings do not go together."""
+    changed = _build(Config, flatten(config) | changes)
+    _check(changed)
+    return changed
 
 
 def to_toml(config: Config) -> str:
@@ -513,5 +522,7 @@ def _check(config: Config) -> None:
         raise ValueError("etl.split = 'otto' needs etl.events, clicks first, such as ['clicks', 'carts', 'orders']")
     if etl.split in ("temporal", "otto") and config.data.time_unit == "order":
         raise ValueError(f"etl.split = {etl.split!r} goes by the clock, and data.time_unit = 'order' knows no dates")
+    if config.model.item_table == "none" and not config.history.content:
+        raise ValueError("model.item_table = 'none' and history.content = false: the encoder would know no item apart")
     if not any(vars(config.loss).values()):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")

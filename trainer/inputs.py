@@ -6,7 +6,9 @@ features of an item. Every one has its own id array (B, L), 0 for none; the mode
     X_u = [task_u, c_1 .. c_n, eos]          c_i = [item slot, content tokens]
     X_i = [task_i, c_i, user slots, eos]
 
-With encoding 'pooled' c_i is the item slot alone, and the mean of its content tokens is added there.
+With encoding 'pooled' c_i is the item slot alone, and the mean of its content tokens is added there; without
+history.content it is the slot and nothing else. The slot is there even where the model has no item embeddings
+(model.item_table = "none"): it is where the time features stand.
 """
 
 from dataclasses import dataclass
@@ -131,8 +133,9 @@ def item_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray) -> np.n
 def _segment_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray, num_users: np.ndarray) -> np.ndarray:
     """int64 (B, n): lengths of the segments c_i, an item slot plus, unless pooled, its content tokens; 0 left out."""
     lengths = (item_idx > 0).astype(np.int64)
-    if config.history.encoding != "pooled":
-        lengths += catalog.tokens.lengths_at(item_idx)  # item 0 has none
+    if config.history.encoding == "tokens":
+        if config.history.content:
+            lengths += catalog.tokens.lengths_at(item_idx)  # item 0 has none
         room = config.history.max_tokens - 2 - num_users[:, None]
         lengths[np.cumsum(lengths[:, ::-1], 1)[:, ::-1] > room] = 0
     return lengths
@@ -178,12 +181,11 @@ def _assemble(
 
     Returns:
         mask: bool (B, L); eos: int64 (B,), its position; int64 (B, L) each of token, item, user and the features.
-        With encoding 'pooled' also content_tokens (T,) and content_offsets (R,), the bags of the distinct items,
-        and content_row (B, L), 1 + the bag of a position.
+        With encoding 'pooled' and content also content_tokens (T,) and content_offsets (R,), the bags of the distinct
+        items, and content_row (B, L), 1 + the bag of a position.
 
     When the content does not fit history.max_tokens, the oldest items are left out.
     """
-    pooled = config.history.encoding == "pooled"
     batch, _ = item_idx.shape
     num_users = (user_slots > 0).sum(1) if user_slots is not None else np.zeros(batch, np.int64)
     lengths = _segment_lengths(config, catalog, item_idx, num_users)
@@ -203,14 +205,14 @@ def _assemble(
     if user_slots is not None:
         user_row, user_column = np.nonzero(user_slots)
         arrays["user"][user_row, end[user_row] + user_column] = user_slots[user_row, user_column]
-    if pooled:
+    if config.history.content and config.history.encoding == "pooled":
         items, bag = np.unique(item_idx[row, column], return_inverse=True)
         arrays["content_row"] = np.zeros((batch, width), np.int64)
         arrays["content_row"][row, slot] = 1 + bag
         counts = catalog.tokens.lengths_at(items)
         arrays["content_tokens"] = catalog.tokens.take(items).values.astype(np.int64)
         arrays["content_offsets"] = np.cumsum(counts) - counts
-    else:
+    elif config.history.content:
         items = item_idx[row, column]
         counts = catalog.tokens.lengths_at(items)
         position = np.repeat(slot + 1, counts) + ragged_arange(counts)
