@@ -23,7 +23,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=2000,1500"
 )
 SETTINGS = {"small": {"train.lr": "0.003", "loss.bpr": "0.5"}, "large": {"train.lr": "0.001", "loss.bpr": "0.5"}}
-SECONDS = 60  # for the page to show something, on a machine that is busy
+SECONDS = 120  # for the server to start or the page to show something, on a machine that is busy
 
 
 @pytest.fixture(scope="module")
@@ -45,29 +45,33 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(store):
+def server(store, tmp_path_factory):
     """The address of `make mlflow` on the store."""
+    log = tmp_path_factory.mktemp("server") / "log.txt"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = ["-m", "mlflow", "ui", "--backend-store-uri", store[0], "--workers", "1", "--port", str(port)]
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{port}"
-    for _ in range(5 * SECONDS):
-        try:
-            urllib.request.urlopen(f"{address}/health").close()
-            break
-        except OSError:
-            assert process.poll() is None, process.stdout.read().decode()
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with log.open("w") as stream:
+        process = subprocess.Popen([sys.executable, *words], env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    address, end = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS
+    try:
+        while not answers(f"{address}/health"):
+            if process.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"mlflow ui did not start:\n{log.read_text()}")
             time.sleep(0.2)
-    yield address
-    process.terminate()
-    process.wait(SECONDS)
-    process.stdout.close()
+        yield address
+    finally:
+        process.terminate()
+        process.wait(SECONDS)
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(address).close()
+        return True
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
