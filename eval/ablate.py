@@ -23,13 +23,14 @@ import sys
 from pathlib import Path
 
 from contract import cli
+from contract import config as config_module
 from contract.artifacts import Artifact, lock, open_artifact, write_atomically
 from contract.cli import Progress
 from contract.config import Config
 from contract.tracking import Run, track
 from eval import contrast, table
-from eval.programs import call, last_line
-from eval.variants import FULL, Variant, choose, is_there, link_inputs, variant_config, write_config
+from eval.programs import call, reason
+from eval.variants import FULL, Variant, choose, is_there, link_inputs, shares, variant_config, write_config
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {"gid": "gid/build.py", "model": "trainer/main.py", "eval": "eval/main.py"}
@@ -38,16 +39,17 @@ PROGRAMS = {"gid": "gid/build.py", "model": "trainer/main.py", "eval": "eval/mai
 def main(argv: list[str]) -> None:
     own, rest = parse_own(argv)
     config, dry_run = cli.parse(rest, __doc__)
+    config = config_module.replace(config, {"eval.split": own.split})
     variants, folder = choose(config, own.only), config.work_dir / "ablations"
     if dry_run:
-        return show_plan(config, variants, own.split)
+        return show_plan(config, variants)
     corpus = open_artifact(config, "corpus")
     open_artifact(config, "gid")
     progress = Progress("ablate")
     with lock(config, "ablations"), track(config, "ablate", run_id=earlier_run(config)) as run:
         folder.mkdir(exist_ok=True)
         write_atomically(folder / "run.json", json.dumps({"uri": config.tracking.uri, "run_id": run.run_id}))
-        configs = {variant.name: variant_config(config, variant, own.split, run.run_id) for variant in variants}
+        configs = {variant.name: variant_config(config, variant, run.run_id) for variant in variants}
         problems = {}
         for number, variant in enumerate(variants, 1):
             progress(f"{variant.name} ({number} of {len(variants)}): {variant.what}")
@@ -74,12 +76,12 @@ def parse_own(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return own, rest
 
 
-def show_plan(config: Config, variants: list[Variant], split: str) -> None:
+def show_plan(config: Config, variants: list[Variant]) -> None:
     folder = config.work_dir / "ablations"
     cli.show_plan(config, {name: config.work_dir / name for name in ("corpus", "gid")}, folder)
     for variant in variants:
-        its_config = variant_config(config, variant, split)
-        due = [name for name in PROGRAMS if name in variant.stages and not is_there(its_config, name)]
+        its_config = variant_config(config, variant)
+        due = [name for name in PROGRAMS if not (shares(config, variant, name) or is_there(its_config, name))]
         settings = " ".join(f"{key}={value}" for key, value in variant.settings.items())
         print(f"{variant.name:<18} {'to make: ' + ', '.join(due) if due else 'complete':<26} {settings}")
 
@@ -110,7 +112,7 @@ def complete(config: Config, variant: Variant, its_config: Config, launcher: lis
         progress(f"{variant.name}: {PROGRAMS[stage]}, see {log}")
         status = call(words, log, lambda line: progress.status(f"{variant.name}: {line}"))
         if status:
-            return f"{PROGRAMS[stage]} ended with exit status {status}: {last_line(log)}; see {log}"
+            return f"{PROGRAMS[stage]} ended with exit status {status}: {reason(log)}; see {log}"
     return ""
 
 

@@ -73,7 +73,18 @@ def _wait_for_group(group: int) -> None:
 
 def last_line(log: Path) -> str:
     """The last line that is not empty, of what was written so far."""
+    return next((line.strip() for line in reversed(_last_lines(log)) if line.strip()), "")
+
+
+def reason(log: Path) -> str:
+    """Why the last program failed: what it called an error, else its last line."""
+    lines = _last_lines(log)
+    begin = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=0)
+    errors = [line for line in lines[begin:] if line.startswith("error: ")]
+    return errors[-1] if errors else last_line(log)
+
+
+def _last_lines(log: Path) -> list[str]:
     with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - 4096))
-        lines = stream.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        stream.seek(max(0, log.stat().st_size - 8192))
+        return stream.read().decode(errors="replace").split("\n")

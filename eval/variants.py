@@ -93,20 +93,14 @@ def choose(config: Config, only: str) -> list[Variant]:
     return [variant for variant in every if not wanted or variant.name in (FULL, *wanted)]
 
 
-def variant_config(config: Config, variant: Variant, split: str, parent: str = "") -> Config:
-    """The config of a variant, whose work folder lies in that of the experiment.
-
-    Args:
-        split: to evaluate.
-        parent: MLflow run of the ablation.
-    """
+def variant_config(config: Config, variant: Variant, parent: str = "") -> Config:
+    """The config of a variant, with a work folder in the experiment's. `parent`: MLflow run of the ablation."""
     return config_module.replace(
         config,
         {
             **variant.settings,
             "name": f"{config.name}/{variant.name}",
             "work": str(config.work_dir / "ablations" / variant.name),
-            "eval.split": split,
             "eval.baselines": (),
             "tracking.parent": parent,
         },
@@ -132,12 +126,16 @@ def is_there(config: Config, stage: str) -> bool:
     return all(trained.get(key, value) == value for key, value in wanted.items() if key not in SHAPE_NO_MODEL)
 
 
+def shares(config: Config, variant: Variant, stage: str) -> bool:
+    """Whether a variant uses the experiment's own artifact: corpus/, mostly gid/, and the full model if it is there."""
+    return stage not in variant.stages or (stage == "model" and variant.name == FULL and is_there(config, stage))
+
+
 def link_inputs(config: Config, variant: Variant, its_config: Config) -> None:
-    """Makes the work folder of a variant, with links to the artifacts of the experiment that are its own as well."""
+    """Makes the work folder of a variant, with links to the artifacts of the experiment that it shares."""
     its_config.work_dir.mkdir(parents=True, exist_ok=True)
     for name in STAGES:
-        shared = name not in variant.stages or (name == "model" and variant.name == FULL and is_there(config, name))
         link = its_config.work_dir / name
-        if shared and not link.exists():
+        if shares(config, variant, name) and not link.exists():
             link.unlink(missing_ok=True)
             link.symlink_to(Path(os.pardir, os.pardir, name))  # relative: the work folder may be moved

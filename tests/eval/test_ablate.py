@@ -17,9 +17,11 @@ from tests import tiny
 from trainer.main import main as train
 from trainer.training import Training
 
-# Runs the program of a stage as it is, but for those of a variant that is to fail.
+# Runs the program of a stage as it is, out of the test's process group, but for a variant that is to fail.
 LAUNCHER = """
-import runpy, sys
+import os, runpy, sys
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)
 if "no_contrastive" in " ".join(sys.argv):
     sys.exit("error: no machine is free")
 sys.argv = sys.argv[1:]
@@ -44,7 +46,7 @@ def test_from_a_config_to_a_table_with_an_interruption_and_a_failure(experiment,
     config, words = experiment
     train(words[:2])  # the full model is there before, as after `make run`
     (_, variant) = variants.choose(config, "no_index")
-    its_config = variants.variant_config(config, variant, "valid")
+    its_config = variants.variant_config(config, variant)
     variants.link_inputs(config, variant, its_config)
     step = Training.step
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from contract.cli import Preempted
-from eval.programs import call, last_line
+from eval.programs import call, last_line, reason
 
 WAITS = """
 import signal, sys, time
@@ -54,3 +54,11 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, number, raised):
 def test_a_program_that_was_stopped_by_itself_stops_its_caller(tmp_path):
     with pytest.raises(Preempted):
         call([sys.executable, "-c", "raise SystemExit(75)"], tmp_path / "log.txt", lambda line: None)
+
+
+def test_the_reason_is_the_error_of_the_last_program(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("$ one\nerror: the first\n$ two\nerror: the second\n  more of it\n[ERROR] return code = 2\n\n")
+    assert reason(log) == "error: the second"
+    log.write_text("$ one\nerror: the first\n$ two\nkilled\n")
+    assert reason(log) == "killed"

@@ -43,20 +43,19 @@ def test_an_unknown_variant_names_those_that_there_are(config):
         variants.choose(config, "no_gid,gid_collaborative")
 
 
-def test_only_the_split_asked_for_is_scored_and_no_baselines(config):
+def test_a_variant_has_a_work_folder_and_a_name_of_its_own_and_no_baselines(config):
     (_, variant) = variants.choose(config, "no_ranking")
-    changed = variants.variant_config(config, variant, "valid", "abc")
-    assert (changed.eval.split, changed.eval.baselines, changed.tracking.parent) == ("valid", (), "abc")
+    changed = variants.variant_config(config, variant, "abc")
+    assert (changed.name, changed.eval.baselines, changed.tracking.parent) == ("tiny/no_ranking", (), "abc")
     assert (changed.loss.bpr, changed.loss.softmax, changed.eval.hybrid) == (0, 0, 0)
     assert changed.work_dir == config.work_dir / "ablations" / "no_ranking"
-    assert variants.variant_config(config, variant, "test").eval.split == "test"
 
 
 def test_a_work_folder_shares_what_is_not_its_own(config):
     tiny.write_corpus(config)
     tiny.write_gids(config)
     for variant in variants.choose(config, "no_index,gid_random"):
-        its_config = variants.variant_config(config, variant, "valid")
+        its_config = variants.variant_config(config, variant)
         variants.link_inputs(config, variant, its_config)
         variants.link_inputs(config, variant, its_config)  # again, as when it goes on
         assert variants.is_there(its_config, "corpus")
@@ -64,7 +63,7 @@ def test_a_work_folder_shares_what_is_not_its_own(config):
         assert not variants.is_there(its_config, "model")
     moved = config_module.replace(config, {"work": str(config.work_dir.parent / "moved")})
     config.work_dir.rename(moved.work_dir)
-    assert variants.is_there(variants.variant_config(moved, variants.variants(moved)[0], "valid"), "gid")
+    assert variants.is_there(variants.variant_config(moved, variants.variants(moved)[0]), "gid")
 
 
 def test_a_model_of_another_training_is_not_there(config):
