@@ -124,16 +124,18 @@ def write_results(folder: Path, configs: dict, variants: list[Variant], corpus: 
     metrics = contrast.shown(any_config.eval.cutoffs)
     facts = table.read(any_config.work_dir / "eval" / "metrics.json").protocol
     models = {v.name: open_artifact(configs[v.name], "model").counts for v in variants}
-    minutes = {name: counts["seconds"] / 60 for name, counts in models.items()}
+    training = {name: f"{m['seconds'] / 60:.1f} min, kept: epoch {m['best_epoch']:g}" for name, m in models.items()}
     write_atomically(folder / f"{split}.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(folder / f"{split}.md", contrast.markdown(variants, results, metrics, facts, minutes))
+    write_atomically(folder / f"{split}.md", contrast.markdown(variants, results, metrics, facts, training))
     title = f"{folder.parent.name}: ablations on {split}"
     contrast.figure(variants, results, metrics, title).savefig(folder / f"{split}.png", dpi=150)
     for name in ("json", "md", "png"):
         run.artifact(folder / f"{split}.{name}")
     for variant, found in results.items():
         run.metrics({f"{split}_{metric}/{variant}": found[metric]["mean"] for metric in metrics})
-    return contrast.terminal(variants, results, metrics)
+    untrained = ", ".join(name for name, counts in models.items() if not counts["best_epoch"])
+    warning = f"\n\nno step made these better on valid, so that they are untrained: {untrained}" if untrained else ""
+    return contrast.terminal(variants, results, metrics) + warning
 
 
 if __name__ == "__main__":

@@ -73,13 +73,13 @@ def shown(cutoffs: Sequence[int]) -> list[str]:
     return [f"recall@{cutoff}", f"ndcg@{cutoff}"]
 
 
-def markdown(variants: list[Variant], results: dict, metrics: list[str], facts: dict[str, str], minutes: dict) -> str:
+def markdown(variants: list[Variant], results: dict, metrics: list[str], facts: dict[str, str], training: dict) -> str:
     """The table. A difference whose interval does not hold 0 is bold.
 
     Args:
         results: see `contrast`.
         facts: what a reader must know to compare the numbers, in the order to show them.
-        minutes: {variant: minutes of training}.
+        training: {variant: how long it was trained, in words}.
     """
     header = ["variant", "", *(cell for metric in metrics for cell in (metric, "difference")), "training"]
     rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
@@ -93,7 +93,7 @@ def markdown(variants: list[Variant], results: dict, metrics: list[str], facts: 
                 cells[-1] = (
                     f"{bold}{difference['mean']:+.4f}{bold} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
                 )
-        rows.append([variant.name, variant.what, *cells, f"{minutes[variant.name]:.1f} min"])
+        rows.append([variant.name, variant.what, *cells, training[variant.name]])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     notes = (
         "difference: to the full model, with its 95% interval (bootstrap over users, paired by user); bold where that "

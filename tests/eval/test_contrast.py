@@ -55,10 +55,10 @@ def test_lists_of_other_users_are_refused(room):
 
 def test_the_table_says_what_was_removed_and_which_differences_count(room):
     results, metrics = contrast.contrast(*room), contrast.shown((5, 10))
-    variants, minutes = [FULL, WORSE, EVEN], {"full": 1.0, "worse": 2.5, "even": 3.0}
-    text = contrast.markdown(variants, results, metrics, {"data": "tiny"}, minutes)
+    variants, training = [FULL, WORSE, EVEN], {"full": "1 min", "worse": "2.5 min", "even": "3 min"}
+    text = contrast.markdown(variants, results, metrics, {"data": "tiny"}, training)
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
-    assert rows["full"] == "| full | all of it | 1.0000 ±0.0000 |  | 1.0000 ±0.0000 |  | 1.0 min |"
+    assert rows["full"] == "| full | all of it | 1.0000 ±0.0000 |  | 1.0000 ±0.0000 |  | 1 min |"
     low, high = (results["worse"]["recall@10"]["difference"][end] for end in ("low", "high"))
     assert rows["worse"].startswith("| worse | no luck | 0.5000 ±")
     assert f"| **-0.5000** [{low:+.4f}, {high:+.4f}] |" in rows["worse"]
