@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run phone beauty mlflow test lint clean
+.PHONY: help setup demo run phone beauty ablate mlflow test lint clean
 
 BIN := .venv/bin
 
@@ -43,6 +43,10 @@ phone:  ## Amazon Cell Phones, see configs/phone.toml
 
 beauty:  ## Amazon Beauty, see configs/beauty.toml
 	@$(MAKE) --no-print-directory run CONFIG=configs/beauty.toml
+
+ablate: setup  ## the paper's ablations: make ablate CONFIG=configs/demo.toml ARGS="--only=no_index,gid_random"
+	@[ "$(CONFIG)" ] || { echo "error: say which experiment: make ablate CONFIG=configs/demo.toml" >&2; exit 2; }
+	$(BIN)/python eval/ablate.py --config $(CONFIG) --launcher "$(DEEPSPEED)" $(ARGS)
 
 mlflow: setup  ## MLflow on the runs of this machine
 	@echo "open $(MLFLOW_PAGE)"

@@ -184,6 +184,7 @@ class History:
         "target (order 'time', encoding 'pooled'); 'full': in both directions, anew for each target (the paper)",
         ("causal", "full"),
     )
+    content: bool = _opt(True, "the encoder reads the items' texts; false: items are known by their embeddings alone")
     train_items: int = _opt(20, "history items at training, at most", low=1)
     eval_items: int = _opt(20, "history items at evaluation, at most", low=1)
     max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')", low=1)
@@ -213,8 +214,8 @@ class Model:
     item_table: str = _opt(
         "exact",
         "atomic item embeddings: 'exact': a row per item; 'hash': the sum of model.hash_functions rows of a table of "
-        "model.hash_rows",
-        ("exact", "hash"),
+        "model.hash_rows; 'none': items are known by their content alone",
+        ("exact", "hash", "none"),
     )
     user_table: str = _opt(
         "exact", "the same for the users in the slots of X_i; history.user_slots = 0: no table", ("exact", "hash")
@@ -347,6 +348,7 @@ class Tracking:
     uri: str = _opt("sqlite:///runs/mlflow.db", "MLflow tracking URI: sqlite:///path or http(s)://server")
     experiment: str = _opt("colarec", "MLflow experiment")
     log_model: bool = _opt(True, "keep the trained model (weights, config, card) in MLflow as well")
+    parent: str = _opt("", "MLflow run under which the runs of the stages are shown, see eval/ablate.py; empty: none")
     system_every: int = _opt(
         30,
         "seconds between two samples of what training uses of the first machine (CPU, memory, disk, GPUs); 0: none",
@@ -431,6 +433,13 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
     config = _build(Config, values)
     _check(config)
     return config
+
+
+def replace(config: Config, changes: dict) -> Config:
+    """The config with {dotted key: value} changed. Raises ValueError when the settings do not go together."""
+    changed = _build(Config, flatten(config) | changes)
+    _check(changed)
+    return changed
 
 
 def to_toml(config: Config) -> str:
@@ -545,5 +554,7 @@ def _check(config: Config) -> None:
             f"history.attention = 'causal' needs order 'time' and encoding 'pooled', not {history.order!r} and "
             f"{history.encoding!r}: set history.attention = 'full'"
         )
+    if config.model.item_table == "none" and not config.history.content:
+        raise ValueError("model.item_table = 'none' and history.content = false: the encoder would know no item apart")
     if not any(vars(config.loss).values()):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")

@@ -134,6 +134,8 @@ def _start(config: Config, stage: str) -> str:
             RunTag("work", str(config.work_dir)),
             RunTag("mlflow.source.git.commit", git_revision()),
         ]
+        if config.tracking.parent:
+            tags.append(RunTag("mlflow.parentRunId", config.tracking.parent))
         client.log_batch(run.info.run_id, params=params[:100], tags=tags)
         client.log_batch(run.info.run_id, params=params[100:])
         client.log_text(run.info.run_id, config_module.to_toml(config), "config.toml")

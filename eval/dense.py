@@ -40,7 +40,7 @@ def item_vectors(
         if not len(block):
             break
         if model.config.loss_weights["softmax"]:
-            arrays = {"item": block} | content_bags(catalog, block)
+            arrays = {"item": block} | content_bags(config, catalog, block)
             own[begin : begin + len(block)] = model.item_vectors(to_device(to_tensors(arrays), device))
         else:
             inputs = to_device(to_tensors(item_inputs(config, catalog, block, key=config.seed)), device)

@@ -7,7 +7,9 @@ features of an item. Every one has its own id array (B, L), 0 for none; the mode
     X_i = [task_i, c_i, user slots, eos]
 
 With causal attention X_u has no eos: h(X_u) is the state at c_n, and the state at c_t is that of a user with t items.
-With encoding 'pooled' c_i is the item slot alone, and the mean of its content tokens is added there.
+With encoding 'pooled' c_i is the item slot alone, and the mean of its content tokens is added there; without
+history.content it is the slot and nothing else. The slot is there even where the model has no item embeddings
+(model.item_table = "none"): it is where the time features stand.
 """
 
 import functools
@@ -158,8 +160,9 @@ def item_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray) -> np.n
 def _segment_lengths(config: Config, catalog: Catalog, item_idx: np.ndarray, num_users: np.ndarray) -> np.ndarray:
     """int64 (B, n): lengths of the segments c_i, an item slot plus, unless pooled, its content tokens; 0 left out."""
     lengths = (item_idx > 0).astype(np.int64)
-    if config.history.encoding != "pooled":
-        lengths += catalog.tokens.lengths_at(item_idx)  # item 0 has none
+    if config.history.encoding == "tokens":
+        if config.history.content:
+            lengths += catalog.tokens.lengths_at(item_idx)  # item 0 has none
         room = config.history.max_tokens - 2 - num_users[:, None]
         lengths[np.cumsum(lengths[:, ::-1], 1)[:, ::-1] > room] = 0
     return lengths
@@ -207,12 +210,11 @@ def _assemble(
     Returns:
         mask: bool (B, L); eos: int64 (B,), its position or else the last one; int64 (B, L) each of token, item, user
         and the features.
-        With encoding 'pooled' also content_tokens (T,) and content_offsets (R,), the bags of the distinct items,
-        and content_row (B, L), 1 + the bag of a position.
+        With encoding 'pooled' and content also content_tokens (T,) and content_offsets (R,), the bags of the distinct
+        items, and content_row (B, L), 1 + the bag of a position.
 
     When the content does not fit history.max_tokens, the oldest items are left out.
     """
-    pooled = config.history.encoding == "pooled"
     batch, _ = item_idx.shape
     num_users = (user_slots > 0).sum(1) if user_slots is not None else np.zeros(batch, np.int64)
     lengths = _segment_lengths(config, catalog, item_idx, num_users)
@@ -233,12 +235,12 @@ def _assemble(
     if user_slots is not None:
         user_row, user_column = np.nonzero(user_slots)
         arrays["user"][user_row, end[user_row] + user_column] = user_slots[user_row, user_column]
-    if pooled:
+    if config.history.content and config.history.encoding == "pooled":
         items, bag = np.unique(item_idx[row, column], return_inverse=True)
         arrays["content_row"] = np.zeros((batch, width), np.int64)
         arrays["content_row"][row, slot] = 1 + bag
-        arrays |= content_bags(catalog, items)
-    else:
+        arrays |= content_bags(config, catalog, items)
+    elif config.history.content:
         items = item_idx[row, column]
         counts = catalog.tokens.lengths_at(items)
         position = np.repeat(slot + 1, counts) + ragged_arange(counts)
@@ -248,8 +250,10 @@ def _assemble(
     return arrays
 
 
-def content_bags(catalog: Catalog, item_idx: np.ndarray) -> dict[str, np.ndarray]:
-    """The content tokens of items (N,), int64 (T,), and where those of each begin, int64 (N,)."""
+def content_bags(config: Config, catalog: Catalog, item_idx: np.ndarray) -> dict[str, np.ndarray]:
+    """The content tokens of items (N,), int64 (T,), and where those of each begin, int64 (N,); none without content."""
+    if not config.history.content:
+        return {}
     counts = catalog.tokens.lengths_at(item_idx)
     return {
         "content_tokens": catalog.tokens.take(item_idx).values.astype(np.int64),

@@ -206,7 +206,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         num_drawn = len(random_items) * self.config.train.streams // len(self.streams)  # of all ranks
         probability = np.diff(self.catalog.negative_cdf)[random_items - 1]
         return {
-            "candidate": {"item": distinct} | inputs.content_bags(self.catalog, distinct),
+            "candidate": {"item": distinct} | inputs.content_bags(self.config, self.catalog, distinct),
             "next": rows[: len(target)],
             "random": rows[len(target) :],
             "log_q": np.log(num_drawn * probability).astype(np.float32),

@@ -133,7 +133,9 @@ class ColaRec(PreTrainedModel):
         codes = (config.gid_length, config.branching, config.d_model)
         # Content token 0 pads, so the rows of this table are the token ids themselves.
         self.token = _table(config, config.num_tokens - 1)
-        self.item = tables.build(config, config.item_table, config.num_items, EMBEDDING_STD, shard, 2 * seed)
+        self.item = None
+        if config.item_table != "none":
+            self.item = tables.build(config, config.item_table, config.num_items, EMBEDDING_STD, shard, 2 * seed)
         self.user = tables.build(config, config.user_table, config.num_users, EMBEDDING_STD, shard, 2 * seed + 1)
         self.event = _table(config, config.num_events)
         self.recency = _table(config, config.max_recency)
@@ -165,7 +167,10 @@ class ColaRec(PreTrainedModel):
 
     def embed(self, inputs: dict) -> torch.Tensor:
         """(B, L, D) from the id arrays of `inputs.user_inputs` or `inputs.item_inputs`."""
-        x_BLD = self.token(inputs["token"]) + self.item(inputs["item"]) + self.user(inputs["user"])
+        x_BLD = self.token(inputs["token"])
+        if self.item is not None:
+            x_BLD = x_BLD + self.item(inputs["item"])
+        x_BLD = x_BLD + self.user(inputs["user"])
         x_BLD = x_BLD + self.event(inputs["event"]) + self.recency(inputs["recency"]) + self.gap(inputs["gap"])
         if "content_row" in inputs:
             bags = F.embedding_bag(inputs["content_tokens"], self.token.weight, inputs["content_offsets"], mode="mean")
@@ -195,8 +200,11 @@ class ColaRec(PreTrainedModel):
         Args:
             items: item (N,) and their content bags, see `inputs.content_bags`.
         """
-        bags_ND = F.embedding_bag(items["content_tokens"], self.token.weight, items["content_offsets"], mode="mean")
-        return (self.item(items["item"]) + bags_ND).float()
+        parts = [] if self.item is None else [self.item(items["item"])]
+        if "content_tokens" in items:
+            tokens, offsets = items["content_tokens"], items["content_offsets"]
+            parts.append(F.embedding_bag(tokens, self.token.weight, offsets, mode="mean"))
+        return sum(parts).float()
 
     def summary(self, states_BLD: torch.Tensor, inputs: dict) -> torch.Tensor:
         """h(X), (B, D): the states at eos, or the last ones."""

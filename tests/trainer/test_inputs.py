@@ -70,6 +70,20 @@ def test_user_pooled_layout(tmp_path, catalog):
     assert x["content_row"].tolist() == [[0, 1, 3, 1, 0], [0, 2, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+def test_without_content_no_text_is_in_the_input(tmp_path, catalog, encoding):
+    config = settings(tmp_path, history__encoding=encoding, history__content="false", history__user_slots="1")
+    x = inputs.user_inputs(config, catalog, history([1, 3, 2], [2, 0, 0]))
+    assert x["token"].tolist() == [[TASK_USER, 0, 0, 0, EOS], [TASK_USER, 0, EOS, 0, 0]]
+    assert x["item"].tolist() == [[0, 1, 3, 2, 0], [0, 2, 0, 0, 0]]
+    assert x["recency"].tolist() == [[0, 3, 2, 1, 0], [0, 1, 0, 0, 0]]
+    assert inputs.user_lengths(config, catalog, np.array([[1, 3, 2], [2, 0, 0]])).tolist() == [5, 3]
+    of_items = inputs.item_inputs(config, catalog, np.array([1, 3]), key=0)
+    assert of_items["token"].tolist() == [[TASK_ITEM, 0, 0, EOS], [TASK_ITEM, 0, EOS, 0]]
+    assert of_items["item"].tolist() == [[0, 1, 0, 0], [0, 3, 0, 0]]
+    assert not {"content_row", "content_tokens"} & (set(x) | set(of_items))
+
+
 def test_item_slots_are_distinct_users_of_the_item(tmp_path, catalog):
     config = settings(tmp_path, history__user_slots="2")
     seen = set()

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from contract.schema import Ragged
 from tests import tiny
-from trainer import loader
+from trainer import inputs, loader
 from trainer import model as model_module
 
 
@@ -208,3 +209,30 @@ def test_with_a_causal_encoder_the_softmax_has_a_target_after_every_item(room):
         rec -= sum(log_p(model, states[row : row + 1, : at + 1], gid)) / 3 * weight
     assert losses["softmax"].item() == pytest.approx(float(softmax), rel=1e-4)
     assert losses["rec"].item() == pytest.approx(float(rec), rel=1e-4)
+
+
+@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+@torch.no_grad()
+def test_without_an_item_table_items_are_known_by_their_content_alone(tmp_path, encoding):
+    changes = {"model__item_table": "none", "history__user_slots": "0", "history__encoding": encoding}
+    config, _, catalog, model = tiny.tiny_room(tmp_path / "work", **changes)
+    assert not [name for name in model.state_dict() if name.startswith("item.")]
+    lengths = np.zeros(catalog.num_items + 1, np.int64)
+    lengths[1:] = 2
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(offsets[-1]) % 40 + 3
+    tokens[offsets[7] : offsets[8]] = tokens[offsets[5] : offsets[6]]  # items 5 and 7 are alike, 6 is not
+    catalog = dataclasses.replace(catalog, tokens=Ragged(tokens, offsets))
+    batch = loader.to_tensors(inputs.item_inputs(config, catalog, np.array([5, 6, 7]), key=0))
+    five, six, seven = model.summary(model.encode(batch), batch)
+    assert torch.allclose(five, seven, atol=1e-6)
+    assert (five - six).abs().max() > 1e-3
+
+
+def test_the_losses_need_no_item_table(room):
+    _, model, batch = room(model__item_table="none", loss__softmax="1")
+    losses = model(batch)
+    losses["loss"].backward()
+    assert set(losses) == {"rec", "index", "bpr", "softmax", "contrastive", "loss"}
+    assert losses["loss"].isfinite()
+    assert model.token.weight.grad.isfinite().all()
