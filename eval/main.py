@@ -10,7 +10,6 @@ Writes metrics.json, table.md and recommendations.parquet.
 """
 
 import contextlib
-import dataclasses
 import platform
 from pathlib import Path
 
@@ -23,10 +22,10 @@ import torch.distributed as dist
 from contract import cli, schema
 from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_output
 from contract.cli import RANK, Progress
-from contract.config import Config, Train
+from contract.config import Config
 from contract.tracking import track
-from eval import baselines, dense, metrics, table
-from eval.users import EvalUsers, read_eval_users
+from eval import dense, scoring, table
+from eval.users import read_eval_users
 from gid.tree import GidTree
 from trainer import loader
 from trainer.beam import beam_search, gid_log_p
@@ -57,13 +56,11 @@ def main(argv: list[str]) -> None:
         if not np.array_equal(users.user_idx, recommended["user_idx"]):
             raise AssertionError("the ranks together did not score every user once")
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-        results = score(config, inputs, users, recommended, f"{world_size} x {device_name}", progress)
+        results = scoring.score(config, inputs, users, recommended, f"{world_size} x {device_name}", progress)
         write_recommendations(inputs["corpus"], recommended, output.path / "recommendations.parquet")
         table.write(results, output.path / "metrics.json")
         (output.path / "table.md").write_text(table.markdown(results))
-        for model, values in results.models.items():
-            prefix = "" if model == "ColaRec" else f"{model}/"
-            run.metrics({f"{prefix}{name}": estimate["mean"] for name, estimate in values.items()})
+        run.metrics(table.numbers(results))
         run.artifact(output.path / "table.md")
         run.artifact(output.path / "metrics.json")
         output.commit({"num_users": len(users)}, {name: artifact.digest for name, artifact in inputs.items()})
@@ -124,35 +121,6 @@ def collect(parts: Path, world_size: int) -> dict[str, np.ndarray]:
     for file in files:
         file.unlink()
     return {name: array[order] for name, array in together.items()}
-
-
-def score(
-    config: Config, inputs: dict[str, Artifact], users: EvalUsers, recommended: dict, device: str, progress: Progress
-) -> table.Results:
-    """Metrics of ColaRec and of the baselines over the same users."""
-    k, num_items = max(config.eval.cutoffs), inputs["corpus"].counts["num_items"]
-    rankings, facts = {"ColaRec": recommended["item_idx"]}, {}
-    rankings |= {f"ColaRec, {half}": recommended[half] for half in ("generative", "dense") if half in recommended}
-    fit = baselines.read_fit(inputs["corpus"], inputs["gid"])
-    for name in config.eval.baselines:
-        ranking = baselines.BASELINES[name](fit, users, k, config.eval.mask_seen)
-        rankings[name] = ranking.item_idx
-        chosen = ", ".join(f"{key} {value:g}" for key, value in ranking.settings.items())
-        if chosen:
-            facts[name] = f"{chosen} (chosen on valid)"
-        progress(f"ranked by {name}" + (f": {chosen}" if chosen else ""))
-    models, lead = metrics.compare(rankings, users.targets, config.eval.cutoffs, num_items, config.seed)
-    trained = inputs["model"]
-    # What the model was trained with, which the settings of [train] may no longer say.
-    as_trained = dataclasses.replace(config, train=Train(**trained.manifest["training"]["train"]))
-    facts["trained"] = (
-        f"{trained.counts['seconds'] / 60:.0f} min on {trained.manifest['training']['world_size']} x "
-        f"{trained.manifest['training']['device']}, {trained.counts['step']} steps; "
-        f"best valid {'loss' if as_trained.train.best == 'loss' else 'ndcg@10'} after epoch "
-        f"{trained.counts['best_epoch']:g}"
-    )
-    protocol = table.protocol(as_trained, len(users), num_items, device, **facts)
-    return table.Results(config.name, protocol, models, lead)
 
 
 def write_recommendations(corpus: Artifact, recommended: dict[str, np.ndarray], file: Path) -> None:
