@@ -303,11 +303,20 @@ class Eval:
 
     split: str = _opt("test", "users and targets to score", ("valid", "test"))
     cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of Recall@k and NDCG@k")
+    mode: str = _opt(
+        "hybrid",
+        "what ranks the items: 'generative': log p(GID); 'dense': the ranking score h(X_u) . h(X_i); 'hybrid': both, "
+        "see eval.hybrid",
+        ("hybrid", "generative", "dense"),
+    )
+    exhaustive: bool = _opt(
+        False, "log p of all items instead of a beam's; always so when the beam is as wide as the catalog"
+    )
     beams: int = _opt(100, "beam width", low=1)
     hybrid: float = _opt(
         4.0,
         "weight of h(X_u) . h(X_i), the ranking score, beside the log-probability, over the best of the beam and the "
-        "best by that score; 0: the beam's alone, as in the paper",
+        "best by that score; 0: the beam's alone, as in the paper ('generative')",
         low=0,
     )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)
@@ -315,6 +324,11 @@ class Eval:
     baselines: tuple[str, ...] = _opt(
         ("popularity", "item_knn", "lightgcn"), "rankings reported beside ColaRec: popularity, item_knn, lightgcn"
     )
+
+    @property
+    def ranks_by(self) -> str:
+        """`mode`, which is 'generative' as well where the other score of the hybrid weighs nothing."""
+        return "generative" if self.mode == "hybrid" and not self.hybrid else self.mode
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """The other half of what training learned: h(X_u) . h(X_i), the score that the ranking losses train.
 
-Alone it is dense retrieval over all items. The hybrid takes the best candidates of the beam and as many of dense
-retrieval, and ranks them by the sum of the log-probability and this score.
+Alone it is dense retrieval. The hybrid takes the best candidates of the beam and as many of dense retrieval, and ranks
+them by the sum of the log-probability and this score.
 
-Axes in names: B users, N candidates, I items, D width.
+Axes in names: B users, N candidates, C items that are searched, I items, D width.
 """
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from contract.config import Config
@@ -17,17 +18,33 @@ from trainer.loader import to_device, to_tensors
 from trainer.model import ColaRec
 
 ITEMS_AT_ONCE = 1024
+# Scores of a search on a GPU that are in memory at a time, 4 bytes each.
+MAX_SCORES = 1 << 28
 
 
 @torch.no_grad()
-def item_vectors(config: Config, model: ColaRec, catalog: Catalog, device: torch.device) -> torch.Tensor:
-    """h(X_i) of every item, float32 (I + 1, D), times d_model^-0.5 as in training; row 0 is zeros."""
-    vectors = torch.zeros(catalog.num_items + 1, config.model.d_model, device=device)
-    for begin in range(1, catalog.num_items + 1, ITEMS_AT_ONCE):
-        items = np.arange(begin, min(begin + ITEMS_AT_ONCE, catalog.num_items + 1))
-        inputs = to_device(to_tensors(item_inputs(config, catalog, items, key=config.seed)), device)
-        vectors[begin : begin + len(items)] = model.summary(model.encode(inputs), inputs).float() * model.scale
-    return vectors
+def item_vectors(
+    config: Config, model: ColaRec, catalog: Catalog, device: torch.device, items: np.ndarray
+) -> torch.Tensor:
+    """h(X_i) of the items int64 (C,), float32 (C, D), times d_model^-0.5 as in training (all ranks).
+
+    The items are cut into the same blocks at any number of ranks, and so the vectors are the same to the last bit. Each
+    rank computes an equal run of blocks.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    per_rank = ITEMS_AT_ONCE * -(-len(items) // (ITEMS_AT_ONCE * world_size))
+    own = torch.zeros(per_rank, config.model.d_model, device=device)
+    for begin in range(0, per_rank, ITEMS_AT_ONCE):
+        block = items[rank * per_rank + begin :][:ITEMS_AT_ONCE]
+        if not len(block):
+            break
+        inputs = to_device(to_tensors(item_inputs(config, catalog, block, key=config.seed)), device)
+        own[begin : begin + len(block)] = model.summary(model.encode(inputs), inputs).float() * model.scale
+    if world_size == 1:
+        return own[: len(items)]
+    vectors = own.new_empty(world_size * per_rank, own.shape[1])
+    dist.all_gather_into_tensor(vectors, own)
+    return vectors[: len(items)]
 
 
 @torch.no_grad()
@@ -37,36 +54,80 @@ def user_vectors(model: ColaRec, states_BLD: torch.Tensor, inputs: dict[str, tor
 
 
 def hybrid(
-    item_BN: torch.Tensor, log_p_BN: torch.Tensor, user_BD: torch.Tensor, item_ID: torch.Tensor, weight: float, k: int
+    item_BN: torch.Tensor, log_p_BN: torch.Tensor, near_BN: torch.Tensor, weight: float, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best of the candidates by log p(GID | X_u) + weight * h(X_u) . h(X_i).
 
     Args:
         item_BN, log_p_BN: as `beam_search` returns them; an item counts once.
+        near_BN: h(X_u) . h(X_i) of them.
 
     Returns:
         item_idx int64 (B, k) and the sum, as `beam_search` does.
     """
     ordered_BN, order_BN = item_BN.sort(dim=1, stable=True)
     again_BN = F.pad(ordered_BN[:, 1:] == ordered_BN[:, :-1], (1, 0)).gather(1, order_BN.argsort(1))
-    score_BN = log_p_BN + weight * torch.einsum("bd,bnd->bn", user_BD, item_ID[item_BN])
+    score_BN = log_p_BN + weight * near_BN
     return best_items(item_BN, score_BN.masked_fill(again_BN | (item_BN == 0), -torch.inf), k)
 
 
-def build_index(item_ID: torch.Tensor):
-    """A FAISS index of exact inner products; result n is the item n + 1."""
+class Index:
+    """Items by h(X_u) . h(X_i): all inner products are computed, nothing is approximated.
+
+    On a CPU by FAISS, on a GPU by matrix products there. Both read the vectors where they are and keep no copy.
+
+    Args:
+        vectors_CD: float32, of the items items_C, as `item_vectors` makes them.
+        items_C: item_idx, ascending, in 1..num_items.
+    """
+
+    def __init__(self, vectors_CD: torch.Tensor, items_C: np.ndarray, num_items: int):
+        device = vectors_CD.device
+        self.vectors_CD, self.items_C = vectors_CD, torch.from_numpy(items_C).to(device)
+        self._row_I = torch.zeros(num_items + 1, dtype=torch.long, device=device)
+        self._row_I[self.items_C] = torch.arange(len(items_C), device=device)
+
+    def vectors(self, item: torch.Tensor) -> torch.Tensor:
+        """float32 (..., D) of items int64 (...) of the index; that of 0 is meaningless."""
+        return self.vectors_CD[self._row_I[item]]
+
+    def scores(self, user_BD: torch.Tensor, item_BN: torch.Tensor) -> torch.Tensor:
+        """float32 (B, N) of N items of the index for each user; those of 0 are meaningless."""
+        return torch.einsum("bd,bnd->bn", user_BD, self.vectors(item_BN))
+
+    def search(
+        self,
+        user_BD: torch.Tensor,
+        k: int,
+        seen_row: torch.Tensor | None = None,
+        seen_item: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """item_idx int64 (B, k), the nearest first, 0 where there are no more, and their scores, -inf there; of all
+        items of the index but the pairs seen."""
+        most_seen = 0 if seen_row is None or not len(seen_row) else int(torch.bincount(seen_row).max())
+        search = _by_matmul if user_BD.is_cuda else _by_faiss
+        row_BN, score_BN = search(self.vectors_CD, user_BD, min(k + most_seen, len(self.items_C)))
+        item_BN, score_BN = best_items(self.items_C[row_BN], score_BN, k, len(self._row_I) - 1, seen_row, seen_item)
+        # How a search adds up depends on the number of users; the scores by which items are ranked do not.
+        return best_items(item_BN, self.scores(user_BD, item_BN).masked_fill(item_BN == 0, -torch.inf), k)
+
+
+def _by_faiss(vectors_CD: torch.Tensor, user_BD: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the `count` highest inner products, int64 (B, count), and these, float32."""
     import faiss  # here, because decoding alone does not need it
 
-    index = faiss.IndexFlatIP(item_ID.shape[1])
-    index.add(item_ID[1:].cpu().numpy())
-    return index
+    score, row = faiss.knn(user_BD.numpy(), vectors_CD.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(row), torch.from_numpy(score)
 
 
-def search(
-    index, user_BD: torch.Tensor, k: int, seen_row: torch.Tensor | None = None, seen_item: torch.Tensor | None = None
-) -> torch.Tensor:
-    """item_idx int64 (B, k) on the CPU, best first, 0 where there are no more; of all items but the pairs seen."""
-    most_seen = 0 if seen_row is None or not len(seen_row) else int(torch.bincount(seen_row).max())
-    score, found = map(torch.from_numpy, index.search(user_BD.cpu().numpy(), min(k + most_seen, index.ntotal)))
-    seen = (None, None) if seen_row is None else (seen_row.cpu(), seen_item.cpu())
-    return best_items(found + 1, score, k, index.ntotal, *seen)[0]
+def _by_matmul(vectors_CD: torch.Tensor, user_BD: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same on any device."""
+    row_BN = torch.zeros(len(user_BD), 0, dtype=torch.long, device=user_BD.device)
+    score_BN = user_BD[:, :0]
+    for begin in range(0, len(vectors_CD), rows := max(1, MAX_SCORES // len(user_BD))):
+        score_BM = user_BD @ vectors_CD[begin : begin + rows].T
+        score_BM, row_BM = score_BM.topk(min(count, score_BM.shape[1]))
+        score_BN, row_BN = torch.cat([score_BN, score_BM], 1), torch.cat([row_BN, begin + row_BM], 1)
+        score_BN, choice_BN = score_BN.topk(min(count, score_BN.shape[1]))
+        row_BN = row_BN.gather(1, choice_BN)
+    return row_BN, score_BN

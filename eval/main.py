@@ -22,16 +22,12 @@ import torch.distributed as dist
 from contract import cli, schema
 from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_output
 from contract.cli import RANK, Progress
-from contract.config import Config
 from contract.tracking import track
-from eval import dense, scoring, table
+from eval import scoring, table
+from eval.decode import Recommender
 from eval.users import read_eval_users
-from gid.tree import GidTree
 from trainer import loader
-from trainer.beam import beam_search, gid_log_p
 from trainer.distributed import process_group
-from trainer.export import load_model
-from trainer.inputs import read_catalog
 
 
 def main(argv: list[str]) -> None:
@@ -46,8 +42,10 @@ def main(argv: list[str]) -> None:
         run = stack.enter_context(track(config, "eval"))
         parts = Output(config, "eval").path  # of rank 0, for the lists of all
         with process_group() as (rank, world_size, device):
+            recommender = Recommender(config, inputs, device)
+            lists = recommend(recommender, inputs["corpus"], rank, world_size, progress)
             dist.barrier()  # the folder is there
-            np.savez(parts / f".rank-{rank}.npz", **recommend(config, inputs, rank, world_size, device, progress))
+            np.savez(parts / f".rank-{rank}.npz", **lists)
             dist.barrier()
         if RANK > 0:
             return
@@ -68,42 +66,23 @@ def main(argv: list[str]) -> None:
 
 
 def recommend(
-    config: Config, inputs: dict[str, Artifact], rank: int, world_size: int, device: torch.device, progress: Progress
+    recommender: Recommender, corpus: Artifact, rank: int, world_size: int, progress: Progress
 ) -> dict[str, np.ndarray]:
     """The lists of this rank's users, N of them.
 
     Returns:
-        user_idx int64 (N,); item_idx int32 (N, k) and score float32 (N, k), what ColaRec recommends; with eval.hybrid
+        user_idx int64 (N,); item_idx int32 (N, k) and score float32 (N, k), what ColaRec recommends; of the hybrid
         also what its halves would recommend alone, generative and dense int32 (N, k).
     """
-    catalog = read_catalog(inputs["corpus"], inputs["gid"])
-    tree = GidTree(catalog.gids, config.gid.branching).to(device)
-    model = load_model(inputs["model"]).to(device)
-    k, weight, beams = max(config.eval.cutoffs), config.eval.hybrid, config.eval.beams
-    if weight:
-        item_vectors = dense.item_vectors(config, model, catalog, device)
-        index, gids = dense.build_index(item_vectors), torch.from_numpy(catalog.gids).to(device)
-    num_batches = loader.num_eval_batches(inputs["corpus"], config.eval.split, config.eval.batch, world_size)
-    batches = loader.eval_batches(
-        config, catalog, inputs["corpus"], config.eval.split, config.eval.batch, rank, world_size
-    )
+    config, catalog, split = recommender.config, recommender.catalog, recommender.config.eval.split
+    num_batches = loader.num_eval_batches(corpus, split, config.eval.batch, world_size)
+    batches = loader.eval_batches(config, catalog, corpus, split, config.eval.batch, rank, world_size)
     lists = []
     for number, batch in enumerate(batches, 1):
         real = batch["user_idx"].numpy() > 0  # the rest only fills up
-        batch = loader.to_device(batch, device)
-        seen = (batch["seen_row"], batch["seen_item"]) if config.eval.mask_seen else (None, None)
-        with torch.no_grad():
-            states = model.encode(batch["user"])
-        items, scores = beam_search(model, tree, batch["user"], beams, beams if weight else k, *seen, states)
-        found = {"user_idx": batch["user_idx"]}
-        if weight:
-            user_vectors = dense.user_vectors(model, states, batch["user"])
-            near = dense.search(index, user_vectors, beams, *seen).to(device)
-            found |= {"generative": items[:, :k].int(), "dense": near[:, :k].int()}
-            items = torch.cat([items, near], 1)
-            scores = torch.cat([scores, gid_log_p(model, states, batch["user"]["mask"], gids[near])], 1)
-            items, scores = dense.hybrid(items, scores, user_vectors, item_vectors, weight, k)
-        found |= {"item_idx": items.int(), "score": scores}
+        names = ("user", "seen_row", "seen_item") if config.eval.mask_seen else ("user",)
+        found = recommender.recommend({name: batch[name] for name in names}, max(config.eval.cutoffs))
+        found["user_idx"] = batch["user_idx"]
         lists.append({name: values.cpu().numpy()[real] for name, values in found.items()})
         if number % max(1, num_batches // 8) == 0 or number == num_batches:
             progress(
@@ -124,7 +103,7 @@ def collect(parts: Path, world_size: int) -> dict[str, np.ndarray]:
 
 
 def write_recommendations(corpus: Artifact, recommended: dict[str, np.ndarray], file: Path) -> None:
-    """A row per user: user_idx, and best first item_idx, item_id and score (log p of the GID, or the hybrid's)."""
+    """A row per user: user_idx, and best first item_idx, item_id and score (see eval/decode.py)."""
     item_ids = pa.array(schema.read_items(corpus.path).item_ids)
     found = recommended["item_idx"] > 0
     offsets = pa.array(np.concatenate([[0], np.cumsum(found.sum(1))]).astype(np.int32))

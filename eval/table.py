@@ -71,17 +71,25 @@ def protocol(config: Config, num_users: int, num_items: int, device: str, **fact
         f"history {history.order}, {history.encoding}, {history.eval_items} items",
         "training": f"at most {train.epochs} epochs, global batch {train.global_batch}, lr {train.lr:g}; loss "
         + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()),
-        "decoding": f"{config.eval.beams} beams over the GIDs of all items"
-        + (
-            f"; with as many by h(X_u) . h(X_i), ranked by log p + {config.eval.hybrid:g} of that"
-            if config.eval.hybrid
-            else ""
-        ),
+        "decoding": _decoding(config, num_items),
         **facts,
         "device": device,
         "date": time.strftime("%Y-%m-%d"),
         "revision": git_revision(),
     }
+
+
+def _decoding(config: Config, num_items: int) -> str:
+    settings = config.eval
+    if settings.ranks_by == "dense":
+        return "all items by h(X_u) . h(X_i)"
+    every = settings.exhaustive or settings.beams >= num_items
+    found = "the GIDs of all items" if every else f"{settings.beams} beams over the GIDs of all items"
+    if settings.ranks_by == "hybrid" and every:
+        return f"{found}, ranked by log p + {settings.hybrid:g} h(X_u) . h(X_i)"
+    if settings.ranks_by == "hybrid":
+        return f"{found}; with as many by h(X_u) . h(X_i), ranked by log p + {settings.hybrid:g} of that"
+    return found
 
 
 def numbers(results: Results) -> dict[str, float]:

@@ -13,59 +13,72 @@ from contract.schema import Ragged
 class GidTree:
     """The tree as tables. Nodes of a level are numbered from 0 in the lexicographic order of their prefixes.
 
+    So the children of a node are neighbours on the next level, and a table of a level is two arrays: where the
+    children of each node begin, and by which code each child is reached. That is 10 bytes an item, however few of its K
+    codes a node uses, and 8 for each node above the items.
+
     Args:
         gids: int (I + 1, l), row item_idx; row 0 is padding and no part of the tree.
         branching: K; by default the largest code + 1.
+        only: item_idx of the items that the tree is to hold; by default all.
 
     Raises:
         ValueError: two items share a GID, or a code is out of range.
     """
 
-    def __init__(self, gids: np.ndarray, branching: int | None = None):
-        codes = np.asarray(gids[1:], np.int64)
-        self.num_items, self.length = codes.shape
+    def __init__(self, gids: np.ndarray, branching: int | None = None, only: np.ndarray | None = None):
+        items = np.arange(1, len(gids)) if only is None else np.unique(only)
+        codes = np.asarray(gids)[items]
+        self.num_items, (self.num_leaves, self.length) = len(gids) - 1, codes.shape
         self.branching = int(branching or codes.max(initial=0) + 1)
         if codes.size and not 0 <= codes.min() <= codes.max() < self.branching:
             raise ValueError(f"GIDs hold codes {codes.min()}..{codes.max()}, not within 0..{self.branching - 1}")
         order = np.lexsort(codes.T[::-1])
-        codes = codes[order]
-        # starts[t, r]: sorted row r differs from row r - 1 in its first t codes, and so begins a node of level t
-        differs = np.ones((self.length + 1, self.num_items), bool)
-        differs[:, 1:] = np.logical_or.accumulate(
-            np.concatenate([np.zeros((1, self.num_items - 1), bool), (codes[1:] != codes[:-1]).T])
-        )
-        if not differs[self.length].all():
-            twin = int(np.flatnonzero(~differs[self.length])[0])
-            raise ValueError(
-                f"items {order[twin - 1] + 1} and {order[twin] + 1} share the GID {tuple(map(int, codes[twin]))}"
-            )
-        node = np.cumsum(differs, axis=1) - 1
-        self.nodes_per_level = [int(n) for n in differs.sum(1)]
-        self._children = []
+        codes, items = codes[order], items[order]
+        # Sorted rows that differ from the one before in their first t codes begin the nodes of level t.
+        begins, differs = [np.zeros(1, np.int64)], np.zeros(len(items) - 1, bool)
         for level in range(self.length):
-            first = differs[level + 1]
-            table = np.full((self.nodes_per_level[level], self.branching), -1)
-            table[node[level, first], codes[first, level]] = node[level + 1, first]
-            self._children.append(torch.from_numpy(table))
-        self.leaf_item = torch.from_numpy(order + 1)
+            differs |= codes[1:, level] != codes[:-1, level]
+            begins.append(np.concatenate([begins[0], 1 + np.flatnonzero(differs)]))
+        if not differs.all():
+            twin = int(np.flatnonzero(~differs)[0])
+            raise ValueError(f"items {items[twin]} and {items[twin + 1]} share the GID {tuple(map(int, codes[twin]))}")
+        self.nodes_per_level = [len(begin) for begin in begins]
+        self._first, self._code, self._most = [], [], []
+        for level in range(self.length):
+            first = np.append(np.searchsorted(begins[level + 1], begins[level]), len(begins[level + 1]))
+            self._first.append(torch.from_numpy(first))
+            self._code.append(torch.from_numpy(codes[begins[level + 1], level].astype(np.int16)))
+            self._most.append(int(np.diff(first).max(initial=0)))
+        self.leaf_item = torch.from_numpy(items)
         self.group = np.zeros(self.num_items + 1, np.int64)
-        self.group[order + 1] = node[self.length - 1] + 1
+        sizes = np.diff(begins[self.length - 1], append=self.num_leaves)
+        self.group[items] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
 
-    def child_table(self, level: int) -> torch.Tensor:
-        """int64 (num_nodes of `level`, K): the node of level + 1 that a code leads to, -1 where there is none.
+    def codes(self, level: int, node: torch.Tensor) -> torch.Tensor:
+        """int64 (..., C): the codes that lead on from nodes (...) of `level`, ascending, -1 where there are no more.
 
-        For nodes int64 (B, beams) of the level, `child_table(level)[nodes]` is (B, beams, K).
+        C is the largest number of children that a node of the level has.
         """
-        return self._children[level]
+        first, code = self._first[level], self._code[level]
+        child = first[node][..., None] + torch.arange(self._most[level], device=node.device)
+        return code[child.clamp_max(len(code) - 1)].long().masked_fill(child >= first[node + 1][..., None], -1)
+
+    def child(self, level: int, node: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """The nodes of level + 1 that the codes in `column` of `codes(level, node)` lead to.
+
+        Where there is no such code it is some node, which the caller is to keep at probability 0.
+        """
+        return (self._first[level][node] + column).clamp_max(self.nodes_per_level[level + 1] - 1)
 
     def siblings(self) -> Ragged:
         """item_idx (int64, ascending) by l-1 prefix; row `group[item_idx]` holds the item. Row 0 is empty: padding."""
-        order = np.argsort(self.group[1:], kind="stable") + 1
-        sizes = np.bincount(self.group[1:], minlength=1)
+        order = np.argsort(self.group, kind="stable")[self.num_items + 1 - self.num_leaves :]
+        sizes = np.bincount(self.group[order], minlength=1)
         return Ragged(order, np.concatenate([[0], np.cumsum(sizes)]))
 
     def to(self, device: torch.device | str) -> "GidTree":
         """Moves the tables in place, as a module would; returns itself."""
-        self._children = [table.to(device) for table in self._children]
+        self._first, self._code = ([table.to(device) for table in tables] for tables in (self._first, self._code))
         self.leaf_item = self.leaf_item.to(device)
         return self

@@ -6,6 +6,9 @@ beams: as cross-attention in T5 has no position bias, the beams of a user are qu
 Axes in names: B users, L encoder positions, N beams, K codes, H heads, S positions written so far, D width.
 """
 
+import copy
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -45,18 +48,18 @@ def beam_search(
     x_BND = model.start_D.expand(batch, 1, -1)
     for level in range(tree.length):
         log_p_BNK = decoder.step(x_BND, level).float().log_softmax(-1)
-        # Codes that no item has (K may exceed what the tree uses) are columns that the table does not hold.
-        children_BNK = tree.child_table(level)[node_BN]
-        score_BNK = score_BN[..., None] + log_p_BNK[..., : children_BNK.shape[-1]]
-        score_BNK = score_BNK.masked_fill(children_BNK < 0, -torch.inf)
+        code_BNC = tree.codes(level, node_BN)
+        score_BNC = score_BN[..., None] + log_p_BNK.gather(-1, code_BNC.clamp_min(0))
+        score_BC = score_BNC.masked_fill(code_BNC < 0, -torch.inf).flatten(1)
         if level == tree.length - 1:
-            item_BC = tree.leaf_item[children_BNK.clamp_min(0)].flatten(1)
-            return best_items(item_BC, score_BNK.flatten(1), num_results, tree.num_items, seen_row, seen_item)
-        codes = score_BNK.shape[-1]
-        score_BN, choice_BN = score_BNK.flatten(1).topk(min(num_beams, score_BNK[0].numel()))
-        node_BN = children_BNK.flatten(1).gather(1, choice_BN).clamp_min(0)
-        decoder.select(choice_BN // codes)
-        x_BND = model.codebook_TKD[level, choice_BN % codes]
+            column_C = torch.arange(code_BNC.shape[-1], device=device)
+            item_BC = tree.leaf_item[tree.child(level, node_BN[..., None], column_C)].flatten(1)
+            return best_items(item_BC, score_BC, num_results, tree.num_items, seen_row, seen_item)
+        score_BN, choice_BN = score_BC.topk(min(num_beams, score_BC.shape[1]))
+        parent_BN, column_BN = choice_BN // code_BNC.shape[-1], choice_BN % code_BNC.shape[-1]
+        node_BN = tree.child(level, node_BN.gather(1, parent_BN), column_BN)
+        decoder = decoder.select(parent_BN)
+        x_BND = model.codebook_TKD[level, code_BNC.flatten(1).gather(1, choice_BN).clamp_min(0)]
     raise AssertionError("a tree has at least one level")
 
 
@@ -71,9 +74,43 @@ def gid_log_p(model: ColaRec, states_BLD: torch.Tensor, mask_BL: torch.Tensor, g
         log_p_BNK = decoder.step(x_BND, level).float().log_softmax(-1).expand(-1, count, -1)
         log_p_BN += log_p_BNK.gather(-1, code_BN[..., None])[..., 0]
         if level == 0:  # one start for all
-            decoder.select(torch.zeros_like(code_BN))
+            decoder = decoder.select(torch.zeros_like(code_BN))
         x_BND = model.codebook_TKD[level, code_BN]
     return log_p_BN
+
+
+@torch.no_grad()
+def all_items(
+    model: ColaRec, tree: GidTree, states_BLD: torch.Tensor, mask_BL: torch.Tensor, rows_at_once: int = 1 << 14
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """log p(GID | X_u) of every item of the tree: every node is expanded, none is left out.
+
+    Depth first, so that memory is bounded however many items there are: at most `rows_at_once` pairs of a user and a
+    node (or the users, if they are more) are decoded together.
+
+    Yields:
+        item_idx int64 (C,), each item once; log p, float32 (B, C).
+    """
+    nodes_at_once = max(1, rows_at_once // len(states_BLD))
+
+    def expand(decoder: Decoder, level: int, node_N: torch.Tensor, score_BN: torch.Tensor, x_ND: torch.Tensor):
+        log_p_BNK = decoder.step(x_ND.expand(len(states_BLD), -1, -1), level).float().log_softmax(-1)
+        code_NC = tree.codes(level, node_N)
+        parent_M, column_M = (code_NC >= 0).nonzero(as_tuple=True)
+        code_M, child_M = code_NC[parent_M, column_M], tree.child(level, node_N[parent_M], column_M)
+        score_BM = score_BN[:, parent_M] + log_p_BNK[:, parent_M, code_M]
+        if level == tree.length - 1:
+            yield tree.leaf_item[child_M], score_BM
+            return
+        x_MD = model.codebook_TKD[level, code_M]
+        for begin in range(0, len(child_M), nodes_at_once):
+            part = slice(begin, begin + nodes_at_once)
+            chosen = decoder.select(parent_M[part].expand(len(states_BLD), -1))
+            yield from expand(chosen, level + 1, child_M[part], score_BM[:, part], x_MD[part])
+
+    root = torch.zeros(1, dtype=torch.long, device=mask_BL.device)
+    start = torch.zeros(len(states_BLD), 1, device=mask_BL.device)
+    yield from expand(Decoder(model, states_BLD, mask_BL), 0, root, start, model.start_D[None])
 
 
 def best_items(
@@ -125,10 +162,12 @@ class Decoder:
         d_BND = self._model.decoder.final_layer_norm(x_BND)
         return self._model.code_logits(d_BND.flatten(0, 1)[:, None], level).view(*d_BND.shape[:2], -1)
 
-    def select(self, parent_BN: torch.Tensor) -> None:
-        """Beam n of each user goes on from what was beam parent_BN[:, n]."""
+    def select(self, parent_BN: torch.Tensor) -> "Decoder":
+        """The decoder whose beam n of each user goes on from what is beam parent_BN[:, n] here."""
         rows = torch.arange(len(parent_BN), device=parent_BN.device)[:, None]
-        self._own = [(key[rows, parent_BN], value[rows, parent_BN]) for key, value in self._own]
+        chosen = copy.copy(self)
+        chosen._own = [(key[rows, parent_BN], value[rows, parent_BN]) for key, value in self._own]
+        return chosen
 
     def _self_attention(self, i: int, layer, x_BND: torch.Tensor, bias_HS: torch.Tensor) -> torch.Tensor:
         attention, normed = layer.SelfAttention, layer.layer_norm(x_BND)

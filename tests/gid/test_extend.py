@@ -48,7 +48,7 @@ def test_old_items_decode_as_before_and_capacity_holds(seed):
     for item, codes in enumerate(old, 1):
         node = torch.tensor(0)
         for level, code in enumerate(codes):
-            node = tree.child_table(level)[node, int(code)]
+            node = tree.child(level, node, (tree.codes(level, node) == int(code)).nonzero()[0, 0])
         assert tree.leaf_item[node] == item
     with pytest.raises(ValueError, match=r"2 new items do not fit: 4\^4 paths hold 255 items already, 1 are free"):
         extend_tree(np.concatenate([old, new])[:-1], np.concatenate([x, new_x])[:-1], new_x[:2], branching)

@@ -15,33 +15,48 @@ def prefixes(gids, level):
     return sorted({tuple(g[:level]) for g in gids.tolist()})
 
 
+@pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_child_tables_against_all_prefixes(seed):
+def test_codes_and_children_against_all_prefixes(seed, some):
     rng = np.random.default_rng(seed)
     branching, length = int(rng.integers(2, 6)), int(rng.integers(1, 5))
     every = np.array(list(itertools.product(range(branching), repeat=length)))
     gids = every[rng.permutation(len(every))[: rng.integers(1, len(every) + 1)]]
-    tree = GidTree(with_padding(gids), branching)
-    assert (tree.num_items, tree.length, tree.branching) == (len(gids), length, branching)
+    catalog = len(gids)
+    items = np.arange(1, catalog + 1)
+    only = rng.choice(items, rng.integers(1, len(items) + 1)) if some else None
+    tree = GidTree(with_padding(gids), branching, only)
+    items = items if only is None else np.unique(only)
+    gids = gids[items - 1]
+    assert (tree.num_items, tree.num_leaves) == (catalog, len(gids))
+    assert (tree.length, tree.branching) == (length, branching)
     for level in range(length):
-        table, parents, children = tree.child_table(level), prefixes(gids, level), prefixes(gids, level + 1)
-        assert table.dtype == torch.int64
-        assert table.shape == (len(parents), branching)
+        parents, children = prefixes(gids, level), prefixes(gids, level + 1)
+        assert tree.nodes_per_level[level : level + 2] == [len(parents), len(children)]
+        nodes = torch.arange(len(parents))
+        codes = tree.codes(level, nodes)
+        assert codes.dtype == torch.int64
+        width = codes.shape[1]
+        child = tree.child(level, nodes[:, None], torch.arange(width))
+        sizes = []
         for node, parent in enumerate(parents):
-            for code in range(branching):
-                child = (*parent, code)
-                assert table[node, code] == (children.index(child) if child in children else -1)
-    for leaf, gid in enumerate(prefixes(gids, length)):
-        assert gids[tree.leaf_item[leaf] - 1].tolist() == list(gid)
+            expected = [code for code in range(branching) if (*parent, code) in children]
+            sizes.append(len(expected))
+            assert codes[node].tolist() == expected + [-1] * (width - len(expected))
+            assert child[node, : len(expected)].tolist() == [children.index((*parent, code)) for code in expected]
+        assert width == max(sizes)
+        assert child.max() < len(children)
+    of_item = dict(zip(items.tolist(), gids.tolist(), strict=True))
+    assert [tuple(of_item[int(item)]) for item in tree.leaf_item] == prefixes(gids, length)
 
 
-def test_child_table_serves_beams():
+def test_codes_of_beams():
     gids = np.array([[0, 0], [0, 2], [2, 1]])
     tree = GidTree(with_padding(gids))
     assert tree.branching == 3
     nodes = torch.tensor([[0, 1], [1, 1]])  # (B, beams), prefixes (0,) and (2,)
-    assert tree.child_table(1)[nodes].tolist() == [[[0, -1, 1], [-1, 2, -1]], [[-1, 2, -1], [-1, 2, -1]]]
-    assert tree.to("cpu").leaf_item[tree.child_table(1)[0, 2]] == 2
+    assert tree.codes(1, nodes).tolist() == [[[0, 2], [1, -1]], [[1, -1], [1, -1]]]
+    assert tree.to("cpu").leaf_item[tree.child(1, torch.tensor(0), torch.tensor(1))] == 2
 
 
 def test_siblings_share_the_prefix():
@@ -53,6 +68,9 @@ def test_siblings_share_the_prefix():
     for item in range(1, 6):
         same = [j for j in range(1, 6) if gids[j - 1, 0] == gids[item - 1, 0]]
         assert siblings.row(tree.group[item]).tolist() == same
+    some = GidTree(with_padding(gids), only=np.array([4, 5, 2]))
+    assert some.group.tolist() == [0, 0, 1, 0, 1, 2]
+    assert [some.siblings().row(row).tolist() for row in range(3)] == [[], [2, 4], [5]]
 
 
 def test_tree_refuses_twins_and_codes_out_of_range():

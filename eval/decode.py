@@ -1,0 +1,163 @@
+"""Recommendations of a trained model: its tree of GIDs and the vectors of its items, on one device.
+
+What ranks the items is `eval.mode`:
+
+    generative  log p(GID | X_u), of what a beam of `eval.beams` prefixes finds
+    dense       h(X_u) . h(X_i), of all items
+    hybrid      log p(GID | X_u) + eval.hybrid * h(X_u) . h(X_i), of the best `eval.beams` by either
+
+With `eval.exhaustive`, or where the beam is as wide as the catalog, log p of every item is computed, and all three rank
+all items. A score is the same either way: the width of the beam decides which items are scored, not how.
+
+Axes in names: B users, N items of each, C items of the tree, D width.
+"""
+
+import numpy as np
+import torch
+
+from contract.artifacts import Artifact
+from contract.config import Config
+from eval import dense
+from gid.tree import GidTree
+from trainer.beam import all_items, beam_search, best_items, gid_log_p
+from trainer.export import load_model
+from trainer.inputs import read_catalog
+from trainer.loader import to_device
+
+# Best first: item_idx int64 (B, k), 0 where there are no more, and scores float32 (B, k), -inf there.
+Ranked = tuple[torch.Tensor, torch.Tensor]
+
+
+class Recommender:
+    """Ranks all items of the catalog, or some of them, for batches of users.
+
+    Within a process group all ranks make it together, for each computes its share of the items' vectors.
+
+    Args:
+        inputs: corpus, gid and model.
+        only: item_idx of the candidates; by default all items. The tree and the dense search hold no others, so every
+            beam stays on the way to a candidate.
+
+    Raises:
+        ValueError: there are no candidates, or one is not in 1..I.
+    """
+
+    def __init__(
+        self, config: Config, inputs: dict[str, Artifact], device: torch.device, only: np.ndarray | None = None
+    ):
+        self.config, self.device = config, device
+        self.catalog = read_catalog(inputs["corpus"], inputs["gid"])
+        items_C = _candidates(self.catalog.num_items, only)
+        self.model = load_model(inputs["model"]).to(device)
+        self._ranks_by = config.eval.ranks_by
+        self._exhaustive = config.eval.exhaustive or config.eval.beams >= len(items_C)
+        self._may_be_scored = torch.zeros(self.catalog.num_items + 1, dtype=torch.bool, device=device)
+        self._may_be_scored[torch.from_numpy(np.append(items_C, 0)).to(device)] = True
+        if self._ranks_by != "dense":
+            self._tree = GidTree(self.catalog.gids, config.gid.branching, items_C).to(device)
+            self._gids = torch.from_numpy(self.catalog.gids.astype(np.int16)).to(device)
+        if self._ranks_by != "generative":
+            vectors_CD = dense.item_vectors(config, self.model, self.catalog, device, items_C)
+            self._index = dense.Index(vectors_CD, items_C, self.catalog.num_items)
+
+    @torch.no_grad()
+    def recommend(self, batch: dict, k: int) -> dict[str, torch.Tensor]:
+        """The k best candidates of each user.
+
+        Args:
+            batch: user, X_u of B users (`trainer.inputs.user_inputs`); and, where there are any, seen_row and seen_item
+                int64 (S,), a row of user and an item_idx each, which must not be returned.
+
+        Returns:
+            item_idx int32 (B, k), best first, equal scores by item_idx, 0 where there are no more; score float32
+            (B, k), -inf there. With 'hybrid' also what its halves would return alone, generative and dense, int32
+            (B, k).
+        """
+        user, *seen = self._on_device(batch)
+        states_BLD = self.model.encode(user)
+        if self._ranks_by == "generative":
+            return _found(self._generate(states_BLD, user, seen, k))
+        user_BD = dense.user_vectors(self.model, states_BLD, user)
+        if self._ranks_by == "dense":
+            return _found(self._index.search(user_BD, k, *seen))
+        if self._exhaustive:
+            near = self._index.search(user_BD, k, *seen)
+            generated, best = self._rank_all(states_BLD, user, user_BD, seen, k)
+        else:
+            width = max(k, self.config.eval.beams)
+            near = self._index.search(user_BD, width, *seen)
+            generated = self._generate(states_BLD, user, seen, width)
+            item_BN = torch.cat([generated[0], near[0]], 1)
+            log_p_BN = torch.cat([generated[1], self._log_p(states_BLD, user, near[0])], 1)
+            near_BN = self._index.scores(user_BD, item_BN)
+            best = dense.hybrid(item_BN, log_p_BN, near_BN, self.config.eval.hybrid, k)
+        return _found(best) | {"generative": generated[0][:, :k].int(), "dense": near[0][:, :k].int()}
+
+    @torch.no_grad()
+    def score(self, batch: dict, item_idx_BN: torch.Tensor) -> torch.Tensor:
+        """The scores by which `recommend` ranks, float32 (B, N), of N items for each user, seen or not; -inf for 0.
+
+        Raises:
+            ValueError: an item is no candidate.
+        """
+        item_BN = item_idx_BN.to(self.device).long()
+        self._check_items(item_BN)
+        user, *_ = self._on_device(batch)
+        states_BLD = self.model.encode(user)
+        score_BN = torch.zeros(item_BN.shape, device=self.device)
+        if self._ranks_by != "dense":
+            score_BN += self._log_p(states_BLD, user, item_BN)
+        if self._ranks_by != "generative":
+            weight = 1.0 if self._ranks_by == "dense" else self.config.eval.hybrid
+            score_BN += weight * self._index.scores(dense.user_vectors(self.model, states_BLD, user), item_BN)
+        return score_BN.masked_fill(item_BN == 0, -torch.inf)
+
+    def _on_device(self, batch: dict) -> tuple:
+        """user, seen_row and seen_item of a batch, None for those that it lacks."""
+        names = ("user", "seen_row", "seen_item")
+        moved = to_device({name: batch[name] for name in names if name in batch}, self.device)
+        return tuple(moved.get(name) for name in names)
+
+    def _generate(self, states_BLD: torch.Tensor, user: dict, seen: list, k: int) -> Ranked:
+        if self._exhaustive:
+            return self._rank_all(states_BLD, user, None, seen, k)[0]
+        return beam_search(self.model, self._tree, user, self.config.eval.beams, k, *seen, states_BLD)
+
+    def _rank_all(
+        self, states_BLD: torch.Tensor, user: dict, user_BD: torch.Tensor | None, seen: list, k: int
+    ) -> tuple[Ranked, Ranked]:
+        """The best of all items by log p, and by the hybrid's sum (by log p again without user_BD)."""
+        none = torch.zeros(len(states_BLD), 0, dtype=torch.long, device=self.device), states_BLD[:, 0, :0].float()
+        best = [none, none]
+        for item_C, log_p_BC in all_items(self.model, self._tree, states_BLD, user["mask"]):
+            scores = [log_p_BC, log_p_BC]
+            if user_BD is not None:
+                scores[1] = log_p_BC + self.config.eval.hybrid * (user_BD @ self._index.vectors(item_C).T)
+            for i, score_BC in enumerate(scores):
+                item_BN = torch.cat([best[i][0], item_C.expand_as(score_BC)], 1)
+                score_BN = torch.cat([best[i][1], score_BC], 1)
+                best[i] = best_items(item_BN, score_BN, k, self.catalog.num_items, *seen)
+        return best[0], best[1]
+
+    def _log_p(self, states_BLD: torch.Tensor, user: dict, item_BN: torch.Tensor) -> torch.Tensor:
+        return gid_log_p(self.model, states_BLD, user["mask"], self._gids[item_BN].long())
+
+    def _check_items(self, item_BN: torch.Tensor) -> None:
+        known_BN = (item_BN >= 0) & (item_BN <= self.catalog.num_items)
+        known_BN &= self._may_be_scored[item_BN.clamp(0, self.catalog.num_items)]
+        if not known_BN.all():
+            raise ValueError(f"item_idx {int(item_BN[~known_BN][0])} is no candidate, so that it has no score")
+
+
+def _found(ranked: Ranked) -> dict[str, torch.Tensor]:
+    return {"item_idx": ranked[0].int(), "score": ranked[1]}
+
+
+def _candidates(num_items: int, only: np.ndarray | None) -> np.ndarray:
+    """item_idx, int64 (C,), ascending, each once."""
+    items_C = np.arange(1, num_items + 1) if only is None else np.unique(np.asarray(only, np.int64))
+    if not len(items_C):
+        raise ValueError("there are no candidates to recommend: give at least one item")
+    if items_C[0] < 1 or items_C[-1] > num_items:
+        raise ValueError(f"candidates are item_idx in 1..{num_items}; those given are in {items_C[0]}..{items_C[-1]}")
+    return items_C
