@@ -6,7 +6,7 @@ GPUs, all:        deepspeed eval/main.py --config configs/phone.toml
 One process:      python eval/main.py --config configs/phone.toml
 
 All users of the split are scored, none is sampled; the numbers are the same at any number of ranks.
-Writes metrics.json, table.md and recommendations.parquet.
+Writes metrics.json, table.md, recommendations.parquet, and report.html for people.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from contract import cli, schema
 from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_output
 from contract.cli import RANK, Progress
 from contract.tracking import track
-from eval import scoring, table
+from eval import explain, report, scoring, table
 from eval.decode import Recommender
 from eval.users import read_eval_users
 from trainer import loader
@@ -58,9 +58,13 @@ def main(argv: list[str]) -> None:
         write_recommendations(inputs["corpus"], recommended, output.path / "recommendations.parquet")
         table.write(results, output.path / "metrics.json")
         (output.path / "table.md").write_text(table.markdown(results))
+        rows = explain.choose_users(users, recommended["item_idx"], config.seed)
+        people = explain.explain(recommender, inputs["corpus"], users, recommended["item_idx"], rows)
+        names = report.read_names(inputs["corpus"], inputs["gid"], people)
+        report.write_report(output.path / "report.html", results, people, names)
         run.metrics(table.numbers(results))
-        run.artifact(output.path / "table.md")
-        run.artifact(output.path / "metrics.json")
+        for file in ("table.md", "metrics.json", "report.html"):
+            run.artifact(output.path / file)
         output.commit({"num_users": len(users)}, {name: artifact.digest for name, artifact in inputs.items()})
         progress(f"wrote {config.work_dir / 'eval'}\n\n{table.terminal(results)}")
 

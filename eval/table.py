@@ -129,7 +129,7 @@ def markdown(results: Results) -> str:
     """The same with the half-width of each interval; the best of each column is bold."""
     rows = _rows(
         results,
-        lambda estimate, best: f"{'**' * best}{estimate['mean']:.4f}{'**' * best} ±{_half_width(estimate):.4f}",
+        lambda estimate, best: f"{'**' * best}{estimate['mean']:.4f}{'**' * best} ±{half_width(estimate):.4f}",
         "{mean:+.4f} ±{half_width:.4f}",
     )
     rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
@@ -148,14 +148,14 @@ def _rows(results: Results, cell: Callable[[dict, bool], str], lead: str) -> lis
         rows.append([model, *(cell(metrics[n], round(metrics[n]["mean"], 4) == best[n]) for n in names)])
     if results.lead:
         leads = [results.lead[name] for name in names]
-        rows.append(["lead", *(lead.format(mean=x["mean"], half_width=_half_width(x)) for x in leads)])
+        rows.append(["lead", *(lead.format(mean=x["mean"], half_width=half_width(x)) for x in leads)])
     return rows
 
 
 def notes_of(results: Results) -> list[str]:
     """What the table does not show, in sentences."""
     names = columns(results)
-    widest = max(_half_width(metrics[name]) for metrics in results.models.values() for name in names)
+    widest = max(half_width(metrics[name]) for metrics in results.models.values() for name in names)
     notes = [f"Intervals (95%, bootstrap over users) are ±{widest:.4f} or less."]
     ours = next(iter(results.models))
     if results.lead:
@@ -178,5 +178,5 @@ def columns(results: Results) -> list[str]:
     return [name for name in first if name.startswith(("recall", "ndcg", "otto@"))] + mrr[-1:]
 
 
-def _half_width(estimate: dict) -> float:
+def half_width(estimate: dict) -> float:
     return (estimate["high"] - estimate["low"]) / 2
