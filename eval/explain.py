@@ -154,11 +154,11 @@ def without_each(config: Config, catalog: Catalog, block: Block, visible: np.nda
     rows = [visible, *(np.delete(visible, j) for j in range(len(visible)))]
     events = np.concatenate(rows)
     items = Ragged(block.item_idx.values[events], np.cumsum([0, *map(len, rows)]))
-    if config.history.order == "time":
+    if config.history.order == "time" and len(events):
         nobody, no_target = np.zeros(len(rows), np.int64), np.zeros(len(events), bool)
         alone = Block(nobody, items, block.ts[events], block.event[events], no_target, block.shard)
         return samples.eval_histories(config, catalog, alone, np.random.default_rng(0))
-    # A set is not drawn again: the others stay in the order in which they were.
+    # A set is not drawn again: the others stay in the order in which they were. Nothing looks the same in any order.
     item_idx = np.zeros((len(rows), max(1, len(visible))), np.int64)
     item_idx[rows_of(items), inputs.ragged_arange(items.lengths)] = items.values
     return History(item_idx, *(np.zeros_like(item_idx) for _ in range(3)))

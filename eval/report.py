@@ -4,7 +4,7 @@ It names no user. What it holds does not grow with the data: ten users, some sli
 """
 
 import html
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from contract.pages import INK, MUTED, SERIES, Html, figure, table, whole_page
 from contract.schema import NO_TIME, read_gids
 from eval.explain import NUM_SHOWN, Event, Person, Recommended
 from eval.slices import duration
-from eval.table import Results, columns, half_width, notes_of
+from eval.table import Results, columns, half_width
 from gid.words import popular_texts, words_of_nodes
 
-MAX_TITLE = 90  # characters of an item's text
+MAX_TITLE, MAX_REASON = 90, 60  # characters of an item's text
 NUM_TEXTS = 20_000  # items whose words tell what is below a node, the most popular ones
 NUM_NODE_WORDS = 4
 
@@ -33,13 +33,16 @@ KINDS = {
 }
 
 STYLE = """\
+body { max-width: 1160px; }
+th, td { padding-right: 16px; }
 td small, .path, .because { color: var(--muted); font-size: 12.5px; }
-td small { white-space: nowrap; }
+td small { display: block; white-space: nowrap; line-height: 1.2; }
 td b { font-weight: 650; }
-.best { font-weight: 650; }
+.wide td:first-child { min-width: 190px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 4px 0; font-size: 13.5px; }
 .legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 50%;
   margin-right: 6px; background: var(--dot); }
+h3 + svg, .legend + svg { margin-top: 2px; }
 details { border-bottom: 1px solid var(--line); padding: 8px 0; }
 summary { cursor: pointer; font-weight: 600; }
 summary span { font-weight: 400; color: var(--muted); }
@@ -48,8 +51,13 @@ details ol { margin: 6px 0 14px; padding-left: 26px; font-size: 14px; }
 .code { display: inline-block; min-width: 20px; padding: 0 4px; border-radius: 4px; background: var(--panel);
   color: var(--ink); text-align: center; font-variant-numeric: tabular-nums; }
 .up { color: var(--good); } .down { color: var(--removed); }
-.recommended td { min-width: 40px; } .recommended td:nth-child(2) { min-width: 260px; }
-.recommended td:nth-child(4) { min-width: 260px; }
+.figure svg { min-width: 620px; }
+.recommended td:nth-child(2), .recommended td:nth-child(4) { min-width: 260px; }
+@media (max-width: 700px) {
+  .recommended tr { display: grid; grid-template-columns: 28px 1fr 52px; }
+  .recommended tr > :nth-child(4) { grid-column: 2 / -1; }
+  .recommended td { border: 0; padding: 3px 0; } .recommended th { border: 0; padding: 3px 0; }
+}
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 14px; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -85,8 +93,11 @@ def read_names(corpus: Artifact, gid: Artifact, people: list[Person]) -> Names:
 
 
 def _title(text: str, item_id: str) -> str:
-    text = " ".join(text.split()) or item_id
-    return text if len(text) <= MAX_TITLE else text[: MAX_TITLE - 3] + "..."
+    return _short(" ".join(text.split()) or item_id, MAX_TITLE)
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def write_report(file: Path, results: Results, people: list[Person], names: Names) -> None:
@@ -132,20 +143,44 @@ def models(results: Results) -> str:
     names = columns(results)
     best = {name: max(round(of[name]["mean"], 4) for of in results.models.values()) for name in names}
     rows = [
-        [model, *(_estimate(of[name], round(of[name]["mean"], 4) == best[name]) for name in names)]
+        [model, *(_estimate(of[name], round(of[name]["mean"], 4) == best[name] > 0) for name in names)]
         for model, of in results.models.items()
     ]
     if results.lead:
         rows.append(["lead", *(_estimate(results.lead[name], False, "+") for name in names)])
-    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in notes_of(results))
+    note = (
+        "95% intervals, bootstrap over users. Bold: best. Lead: the first model minus the best other, paired by user."
+    )
     drawn = (
         figure(lambda axes, name=name: draw_models(axes, results, name), f"{name} of each model", (5, _height(results)))
         for name in _main(results)
     )
     return (
         table(("", *names), rows, "l" + "r" * len(names))
-        + notes
-        + f'<div class="pair">{"".join(f"<div>{svg}</div>" for svg in drawn)}</div>'
+        + f'<p class="note">{note}</p><div class="pair">{"".join(f"<div>{svg}</div>" for svg in drawn)}</div>'
+        + beyond(results)
+    )
+
+
+def beyond(results: Results) -> str:
+    """What is recommended, right or wrong."""
+    first = next(iter(results.models.values()))
+    names = [name for name in first if name.startswith(("coverage", "arp"))]
+    if not names:
+        return ""
+    rows = [
+        [model, *(f"{of[n]['mean']:.1%}" if n.startswith("coverage") else f"{of[n]['mean']:,.1f}" for n in names)]
+        for model, of in results.models.items()
+    ]
+    note = (
+        "coverage: the share of the catalog that is recommended to somebody. arp: how many train events an item that "
+        f"is recommended has, on average over users. Targets: {results.protocol.get('targets', 'unknown')}."
+    )
+    heads = ("", *names)
+    return (
+        "<h3>Coverage and popularity of what is recommended</h3>"
+        + table(heads, rows, "l" + "r" * len(names))
+        + f'<p class="note">{html.escape(note)}</p>'
     )
 
 
@@ -155,7 +190,7 @@ def curve(results: Results) -> str:
     return (
         '<p class="note">Mean over the users of the share of their targets in the first k recommendations.</p>'
         + legend(results)
-        + figure(lambda axes: draw_curves(axes, results), "recall at each k", (10, 3.4))
+        + _wide(lambda axes: draw_curves(axes, results), "recall at each k", 3.4)
     )
 
 
@@ -164,10 +199,10 @@ def slices(results: Results) -> str:
     for kind in dict.fromkeys(one["kind"] for one in results.slices):
         of_kind = [one for one in results.slices if one["kind"] == kind]
         recall, ndcg = next(iter(of_kind[0]["models"].values()))
-        label, inches = f"{recall} by {kind}", (10, 0.9 + 0.42 * len(of_kind))
+        height = 0.7 + 0.36 * len(of_kind)
         parts.append(
             f"<h3>{KINDS[kind]}</h3>"
-            + figure(lambda axes, of=of_kind, n=recall: draw_slices(axes, of, n), label, inches)
+            + _wide(lambda axes, of=of_kind, n=recall: draw_slices(axes, of, n), f"{recall} by {kind}", height)
             + _slice_table(of_kind, recall)
             + f"<details><summary>{ndcg}</summary>{_slice_table(of_kind, ndcg)}</details>"
         )
@@ -176,8 +211,8 @@ def slices(results: Results) -> str:
     ours = html.escape(next(iter(results.models)))
     note = (
         '<p class="note">A slice of users counts them with all their targets; a slice of targets takes these alone as '
-        f"relevant, over the users who have any. ◆ {ours} with its interval (95%), ● the others. The lead is {ours} "
-        "minus the best other model of the slice.</p>"
+        f"relevant, over the users who have any. In the figures ◆ is {ours} with its interval (95%), ● are the others; "
+        f"in brackets the number of users. The lead is {ours} minus the best other model of the slice.</p>"
     )
     return note + legend(results) + "\n".join(parts)
 
@@ -217,7 +252,7 @@ def person(number: int, one: Person, names: Names) -> str:
         for event, rank in one.targets
     )
     unseen = one.num_known - len(one.history)
-    heading = f"What the model saw{f', without {unseen:,} other events' if unseen else ''}"
+    heading = "What the model saw" + (f", without {unseen:,} other events" if unseen else "")
     rows = [_recommended(rank, item, one, names) for rank, item in enumerate(one.recommended, 1)]
     return (
         f"<details{' open' if number <= 2 else ''}><summary>User {number} "
@@ -243,7 +278,7 @@ def _recommended(rank: int, item: Recommended, one: Person, names: Names) -> lis
     hit = '<span class="hit">✓ </span>' if item.is_target else ""
     reasons = "<br>".join(
         f'<span class="{"up" if change > 0 else "down"}">{change:+.2f}</span> '
-        f"{html.escape(names.items[one.history[place].item_idx][:60])}"
+        f"{html.escape(_short(names.items[one.history[place].item_idx], MAX_REASON))}"
         for place, change in item.reasons
     )
     cell = Html(f"{hit}{title}<div class=path>{_path(names.paths[item.item_idx], names)}</div>")
@@ -263,11 +298,11 @@ def _slice_table(of_kind: list[dict], name: str) -> str:
     for one in of_kind:
         values = [of[name] for of in one["models"].values()]
         best = max(round(value["mean"], 4) for value in values)
-        cells = [_estimate(value, round(value["mean"], 4) == best) for value in values]
+        cells = [_estimate(value, round(value["mean"], 4) == best > 0) for value in values]
         lead = _estimate(one["lead"][name], False, "+") if one["lead"] else ""
         rows.append([one["what"], f"{one['num_users']:,}", f"{one['num_targets']:,}", *cells, lead])
     heads = (name, "users", "targets", *of_kind[0]["models"], "lead")
-    return table(heads, rows, "l" + "r" * (len(heads) - 1))
+    return f'<div class="wide">{table(heads, rows, "l" + "r" * (len(heads) - 1))}</div>'
 
 
 def _estimate(estimate: dict, is_best: bool, sign: str = "") -> Html:
@@ -302,6 +337,11 @@ def _colours(names: Iterable[str]) -> dict[str, str]:
 
 
 # --- figures ---
+
+
+def _wide(draw: Callable[[Axes], None], label: str, height: float) -> str:
+    """A figure of the page's width, that a narrow screen scrolls. `height`: inches of 10 in width."""
+    return f'<div class="scroll figure">{figure(draw, label, (10, height))}</div>'
 
 
 def _height(results: Results) -> float:
@@ -339,10 +379,10 @@ def draw_slices(axes: Axes, of_kind: list[dict], name: str) -> None:
     for place, one in enumerate(of_kind):
         (ours, of), *others = one["models"].items()
         for model, other in others:
-            axes.plot(other[name]["mean"], place, "o", color=colours[model], markersize=5.5, alpha=0.9)
+            axes.plot(other[name]["mean"], place, "o", color=colours[model], markersize=5.5, clip_on=False)
         axes.plot([of[name]["low"], of[name]["high"]], [place, place], color=colours[ours], linewidth=2, zorder=1)
-        axes.plot(of[name]["mean"], place, "D", color=colours[ours], markersize=7)
-    axes.set_yticks(range(len(of_kind)), [f"{one['name'].replace('_', ' ')}" for one in of_kind])
+        axes.plot(of[name]["mean"], place, "D", color=colours[ours], markersize=7, clip_on=False)
+    axes.set_yticks(range(len(of_kind)), [f"{one['name'].replace('_', ' ')} ({one['num_users']:,})" for one in of_kind])
     _rows(axes, name)
     axes.set_xlim(0)
     axes.margins(y=0.18)
