@@ -49,8 +49,8 @@ class Person:
 
 
 def choose_users(users: EvalUsers, recommended: np.ndarray, seed: int) -> np.ndarray:
-    """int64: rows of NUM_PEOPLE users drawn at random, in random order; half of them have a target in their first
-    NUM_SHOWN items, as far as there are such.
+    """int64: rows of NUM_PEOPLE users drawn at random; half of them, as far as there are such, have a target in their
+    first NUM_SHOWN items. These and the others take turns.
 
     Args:
         recommended: int (N, k) item_idx.
@@ -60,8 +60,9 @@ def choose_users(users: EvalUsers, recommended: np.ndarray, seed: int) -> np.nda
     drawn = np.random.default_rng(seed).permutation(len(users))
     hits, misses = drawn[hit_N[drawn]], drawn[~hit_N[drawn]]
     num_hits = min(len(hits), max(NUM_PEOPLE // 2, NUM_PEOPLE - len(misses)))
-    chosen = np.concatenate([hits[:num_hits], misses[: NUM_PEOPLE - num_hits]])
-    return drawn[np.isin(drawn, chosen)]
+    hits, misses = hits[:num_hits], misses[: NUM_PEOPLE - num_hits]
+    turn = np.concatenate([2 * np.arange(len(hits)), 1 + 2 * np.arange(len(misses))])
+    return np.concatenate([hits, misses])[np.argsort(turn)]
 
 
 def explain(

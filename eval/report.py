@@ -20,7 +20,7 @@ from eval.slices import duration
 from eval.table import Results, columns, half_width
 from gid.words import popular_texts, words_of_nodes
 
-MAX_TITLE, MAX_REASON = 90, 60  # characters of an item's text
+MAX_TITLE, MAX_REASON = 90, 48  # characters of an item's text
 NUM_TEXTS = 20_000  # items whose words tell what is below a node, the most popular ones
 NUM_NODE_WORDS = 4
 
@@ -35,9 +35,10 @@ KINDS = {
 STYLE = """\
 body { max-width: 1160px; }
 th, td { padding-right: 16px; }
-td small, .path, .because { color: var(--muted); font-size: 12.5px; }
+td small, .path, .because, .when { color: var(--muted); font-size: 12.5px; }
 td small { display: block; white-space: nowrap; line-height: 1.2; }
 td b { font-weight: 650; }
+.when { white-space: nowrap; }
 .wide td:first-child { min-width: 190px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 4px 0; font-size: 13.5px; }
 .legend span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 50%;
@@ -269,7 +270,7 @@ def _event(event: Event, one: Person, names: Names) -> str:
     first_target = one.targets[0][0].ts
     if names.has_time and NO_TIME not in (event.ts, first_target) and event.ts < first_target:
         facts.append(f"{duration(first_target - event.ts)} before")
-    small = f" <span class=because>{html.escape(', '.join(facts))}</span>" if facts else ""
+    small = f" <span class=when>{html.escape(', '.join(facts))}</span>" if facts else ""
     return html.escape(names.items[event.item_idx]) + small
 
 
