@@ -55,6 +55,11 @@ class GidTree:
         sizes = np.diff(begins[self.length - 1], append=self.num_leaves)
         self.group[items] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tables that `to` moves."""
+        return sum(table.nbytes for table in (*self._first, *self._code, self.leaf_item))
+
     def codes(self, level: int, node: torch.Tensor) -> torch.Tensor:
         """int64 (..., C): the codes that lead on from nodes (...) of `level`, ascending, -1 where there are no more.
 

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from gid.tree import GidTree
 from tests import tiny
 from trainer import loader
-from trainer.beam import beam_search, gid_log_p
+from trainer.beam import all_items, beam_search, gid_log_p
 
 
 @pytest.fixture
@@ -47,6 +48,39 @@ def test_wide_beam_equals_full_enumeration(room, tied):
     expected = scores.sort(descending=True, dim=1)
     assert torch.equal(item, expected.indices[:, :40])
     assert torch.allclose(score, expected.values[:, :40], atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_trees_with_ties_and_seen_items(room, seed):
+    """Codes 0 and 1 mean the same on the last level, so that items which differ in it alone are equally probable."""
+    model, _, catalog, batch = room()
+    with torch.no_grad():
+        model.codebook_TKD[2, 1] = model.codebook_TKD[2, 0]
+    rng = np.random.default_rng(seed)
+    paths = np.stack(np.unravel_index(rng.permutation(64)[:40], (4, 4, 4)), 1)
+    catalog = dataclasses.replace(catalog, gids=np.concatenate([np.zeros((1, 3), np.int64), paths]))
+    scores = enumerate_items(model, catalog, batch)
+    scores[batch["seen_row"], batch["seen_item"]] = -math.inf
+    rounded = scores.double().round(decimals=4) - torch.arange(41) * 1e-7
+    assert (scores[:, 1:].double().round(decimals=4).sort(1).values.diff(dim=1) == 0).any()
+    expected = rounded.sort(descending=True, dim=1).indices[:, :25]
+    seen = batch["seen_row"], batch["seen_item"]
+    item, score = beam_search(model, GidTree(catalog.gids, 4), batch["user"], 1000, 25, *seen)
+    assert torch.equal(item, expected)
+    assert torch.allclose(score, scores.gather(1, expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 30, 10_000])
+def test_all_items_are_scored_once_in_parts_of_any_size(room, rows_at_once):
+    model, _, catalog, batch = room()
+    some = np.array([3, 4, 7, 20, 21, 22, 39])
+    tree = GidTree(catalog.gids, 4, some)
+    parts = list(all_items(model, tree, model.encode(batch["user"]), batch["user"]["mask"], rows_at_once))
+    items = torch.cat([item for item, _ in parts])
+    assert sorted(items.tolist()) == some.tolist()
+    assert (len(parts) > 1) == (rows_at_once < 10_000)
+    expected = enumerate_items(model, catalog, batch)[:, items]
+    assert torch.allclose(torch.cat([log_p for _, log_p in parts], 1), expected, atol=1e-4)
 
 
 @torch.no_grad()

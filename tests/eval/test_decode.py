@@ -1,0 +1,204 @@
+"""The Recommender, on the tiny corpus and a model that has been trained a little."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.decode_peer import GeneratePeer, PrefixTree, generate
+from contract.artifacts import STAGES, open_artifact
+from contract.config import to_toml
+from eval import dense
+from eval.decode import Recommender
+from gid.tree import GidTree
+from tests import tiny
+from tests.trainer import runs
+from trainer import distributed, loader
+from trainer.beam import beam_search
+from trainer.main import main as train
+
+CPU = torch.device("cpu")
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, group):
+    """(config, inputs) of a work folder with a model."""
+    folder = tmp_path_factory.mktemp("decode")
+    config = tiny.tiny_config(folder / "work", train__epochs="2", eval__hybrid="0.5")
+    tiny.write_corpus(config)
+    tiny.write_gids(config)
+    (folder / "run.toml").write_text(to_toml(config))
+    train(["--config", str(folder / "run.toml")])
+    return config, {need: open_artifact(config, need) for need in STAGES["eval"].needs}
+
+
+@pytest.fixture
+def recommender(trained):
+    """A function (only, **settings of [eval]) -> Recommender."""
+    config, inputs = trained
+
+    def make(only=None, **settings):
+        return Recommender(
+            dataclasses.replace(config, eval=dataclasses.replace(config.eval, **settings)), inputs, CPU, only
+        )
+
+    return make
+
+
+def batches(recommender, inputs, size):
+    return loader.eval_batches(recommender.config, recommender.catalog, inputs["corpus"], "test", size, 0, 1)
+
+
+@torch.no_grad()
+def exact_scores(recommender, batch, mode):
+    """(B, I + 1) of all items, from the model's training code; -inf for those seen."""
+    model, catalog = recommender.model, recommender.catalog
+    states = model.encode(batch["user"])
+    vectors = dense.item_vectors(recommender.config, model, catalog, CPU, np.arange(1, 41))
+    total = torch.full((len(states), 41), -INF)
+    total[:, 1:] = dense.user_vectors(model, states, batch["user"]) @ vectors.T
+    if mode != "dense":
+        gids = torch.from_numpy(catalog.gids)
+        log_p = [-model.gid_loss(states, batch["user"]["mask"], gid.expand(len(states), -1)).sum(1) for gid in gids[1:]]
+        total[:, 1:] = torch.stack(log_p, 1) + (0.5 * total[:, 1:] if mode == "hybrid" else 0)
+    total[batch["seen_row"], batch["seen_item"]] = -INF
+    return total
+
+
+def assert_best(item, score, expected):
+    """The lists are the best by the expected scores, but for the order of items that are as good as equal."""
+    best = expected.topk(item.shape[1])
+    assert torch.allclose(score, best.values, atol=1e-4)
+    assert torch.allclose(expected.gather(1, item.long()), best.values, atol=1e-4)
+    assert all(len(set(row)) == len(row) for row in item.tolist())
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "generative", "dense"])
+@pytest.mark.parametrize("width", [{"exhaustive": True, "beams": 5}, {"beams": 40}])
+def test_exhaustive_lists_are_the_best_of_all_items(trained, recommender, mode, width):
+    made = recommender(mode=mode, **width)
+    for batch in batches(made, trained[1], 7):
+        found = made.recommend(batch, 10)
+        assert found["item_idx"].dtype == torch.int32
+        assert_best(found["item_idx"], found["score"], exact_scores(made, batch, mode))
+        assert set(found) == {"item_idx", "score"} | ({"generative", "dense"} if mode == "hybrid" else set())
+        for half in ("generative", "dense") if mode == "hybrid" else ():
+            expected = exact_scores(made, batch, half)
+            assert_best(found[half], expected.gather(1, found[half].long()), expected)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "generative", "dense"])
+def test_scores_of_given_items_are_those_that_rank(trained, recommender, mode):
+    made = recommender(mode=mode, beams=8)
+    for batch in batches(made, trained[1], 7):
+        found = made.recommend(batch, 8)
+        items = torch.nn.functional.pad(found["item_idx"], (0, 1))
+        score = made.score(batch, items)
+        assert torch.allclose(score[:, :8], found["score"], atol=1e-5)
+        assert (score[:, 8] == -INF).all()
+        item = batch["seen_item"][:1].expand(len(items), 1)  # seen items have a score as well
+        assert torch.isfinite(made.score(batch, item)).all()
+
+
+def test_a_hybrid_without_weight_is_generative(trained, recommender):
+    made, plain = recommender(hybrid=0.0, beams=8), recommender(mode="generative", beams=8)
+    for batch in batches(made, trained[1], 60):
+        found, expected = made.recommend(batch, 8), plain.recommend(batch, 8)
+        assert set(found) == {"item_idx", "score"}
+        assert torch.equal(found["item_idx"], expected["item_idx"])
+        assert torch.equal(found["score"], expected["score"])
+
+
+def test_lists_do_not_depend_on_the_size_of_a_batch(trained, recommender):
+    made, lists = recommender(beams=8), {}
+    for size in (1, 4, 60):
+        of_user = {}
+        for batch in batches(made, trained[1], size):
+            found = made.recommend(batch, 8)
+            columns = [found[name].tolist() for name in ("item_idx", "generative", "dense", "score")]
+            of_user |= dict(zip(batch["user_idx"].tolist(), zip(*columns, strict=True), strict=True))
+        lists[size] = [of_user[user] for user in range(1, 61)]
+    for size in (1, 4):
+        for alone, together in zip(lists[size], lists[60], strict=True):
+            assert alone[:3] == together[:3]
+            assert alone[3] == pytest.approx(together[3], abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "generative", "dense"])
+def test_candidates_alone_are_ranked(trained, recommender, mode):
+    only = np.array([40, 7, 8, 9, 22, 7, 15, 31, 2])
+    narrow, wide = recommender(only, mode=mode, beams=5), recommender(only, mode=mode, beams=8)
+    for batch in batches(narrow, trained[1], 7):
+        found = narrow.recommend(batch, 5)
+        assert set(found["item_idx"].unique().tolist()) <= {0, *only.tolist()}
+        assert (found["item_idx"][:, 0] > 0).all()
+        found = wide.recommend(batch, 10)  # a beam as wide as the candidates: all of them are scored
+        expected = exact_scores(wide, batch, mode)
+        expected[:, np.setdiff1d(np.arange(41), only)] = -INF
+        best = expected.topk(10)
+        assert torch.equal(found["item_idx"] > 0, best.values > -INF)
+        assert torch.allclose(found["score"], best.values, atol=1e-4)
+    with pytest.raises(ValueError, match="item_idx 1 is no candidate"):
+        wide.score(batch, torch.ones(len(found["item_idx"]), 1))
+
+
+@pytest.mark.parametrize(
+    ("only", "message"), [([], "no candidates"), ([0, 3], r"1\.\.40; .* 0\.\.3"), ([41], r"41\.\.41")]
+)
+def test_what_is_no_candidate_is_refused(recommender, only, message):
+    with pytest.raises(ValueError, match=message):
+        recommender(np.array(only, np.int64))
+
+
+@pytest.mark.parametrize("beams", [3, 11])
+def test_generate_of_transformers_finds_the_same_beams(trained, recommender, beams):
+    made = recommender(mode="generative")
+    peer, prefixes = GeneratePeer(made.model), PrefixTree(made.catalog.gids)
+    tree = GidTree(made.catalog.gids, 4)
+    for batch in batches(made, trained[1], 15):
+        with torch.no_grad():
+            states = made.model.encode(batch["user"])
+        item, _ = beam_search(made.model, tree, batch["user"], beams, beams, states_BLD=states)
+        assert torch.equal(item, generate(peer, prefixes, states, batch["user"]["mask"], beams))
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_lists_of_the_cpu(trained, recommender):
+    made = recommender(beams=8)
+    moved = Recommender(made.config, trained[1], torch.device("cuda"))
+    for batch in batches(made, trained[1], 60):
+        expected, found = made.recommend(batch, 8), moved.recommend(batch, 8)
+        for name in ("item_idx", "generative", "dense"):
+            assert found[name].cpu().tolist() == expected[name].tolist()
+        assert torch.allclose(found["score"].cpu(), expected["score"], atol=1e-4)
+
+
+def test_item_vectors_of_two_ranks_are_those_of_one(trained, recommender, monkeypatch):
+    config, _ = trained
+    monkeypatch.setattr(dense, "ITEMS_AT_ONCE", 7)
+    one = dense.item_vectors(config, recommender().model, recommender().catalog, CPU, np.arange(1, 41)).numpy()
+    processes = runs.start(2, [__file__, str(config.work_dir)])
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    for rank in range(2):
+        assert np.array_equal(np.load(config.work_dir / f"vectors-{rank}.npy"), one)
+
+
+def write_vectors(work: Path) -> None:
+    """On each of two ranks."""
+    dense.ITEMS_AT_ONCE = 7
+    config = tiny.tiny_config(work)
+    inputs = {need: open_artifact(config, need) for need in STAGES["eval"].needs}
+    with distributed.process_group(timeout=120) as (rank, _, device):
+        made = Recommender(
+            dataclasses.replace(config, eval=dataclasses.replace(config.eval, hybrid=1.0)), inputs, device
+        )
+        np.save(work / f"vectors-{rank}.npy", made._index.vectors_CD.numpy())
+
+
+if __name__ == "__main__":
+    write_vectors(Path(sys.argv[1]))
