@@ -127,6 +127,15 @@ def interval(resampled: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def bootstrap_interval(per_user: dict[Hashable, np.ndarray], seed: int) -> dict[Hashable, tuple[float, float]]:
+    """{name: interval of the mean of values (N,)}; all are of the same resamples, so that a difference of two models
+    may be an entry as well."""
+    sums = {name: in_groups(values) for name, values in per_user.items()}
+    num_users = in_groups(np.ones(len(next(iter(per_user.values())))))
+    *drawn, drawn_users = resample(sums | {"": num_users}, seed).values()
+    return {name: interval(totals / drawn_users) for name, totals in zip(sums, drawn, strict=True)}
+
+
 def estimates(
     sums: dict[tuple[str, str], np.ndarray], num_users: np.ndarray, seed: int
 ) -> tuple[dict[str, dict], dict[str, dict]]:

@@ -43,6 +43,9 @@ def test_interval_is_the_normal_one_for_many_users():
     np.testing.assert_allclose([found["low"], found["high"]], expected, atol=0.15 * error)
     assert means(values) == found
     assert means(values, seed=2) != found
+    both = metrics.bootstrap_interval({"x": values, "twice": 2 * values}, seed=1)
+    assert both["x"] == (found["low"], found["high"])
+    assert both["twice"] == pytest.approx((2 * found["low"], 2 * found["high"]))
 
 
 def test_groups_of_users_give_the_interval_of_users(monkeypatch):
