@@ -58,6 +58,7 @@ details ol { margin: 6px 0 14px; padding-left: 26px; font-size: 14px; }
   .recommended tr { display: grid; grid-template-columns: 28px 1fr 52px; }
   .recommended tr > :nth-child(4) { grid-column: 2 / -1; }
   .recommended td { border: 0; padding: 3px 0; } .recommended th { border: 0; padding: 3px 0; }
+  .recommended tr > :first-child { padding-right: 8px; }
 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 14px; }
 dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
