@@ -313,7 +313,7 @@ class Eval:
     """Decoding and metrics."""
 
     split: str = _opt("test", "users and targets to score", ("valid", "test"))
-    cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of Recall@k and NDCG@k")
+    cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of recall@k, ndcg@k, mrr@k, arp@k and coverage@k")
     mode: str = _opt(
         "hybrid",
         "what ranks the items: 'generative': log p(GID); 'dense': the ranking score h(X_u) . h(X_i); 'hybrid': both, "

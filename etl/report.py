@@ -5,86 +5,22 @@ The same dict gives the same bytes. Parts that the dict does not have, or that a
 
 import datetime
 import html
-import io
 import itertools
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from contract import pages
+from contract.pages import INK, KEPT, MUTED, REMOVED, Html, code, counted, figure, share, short, table
 
 SPLITS = ("train", "valid", "test")
 MAX_BARS = 130  # over time: days if they are so few, else weeks, else months
 
-# Figures are drawn in these colours, which become variables of the page, so that they follow light and dark.
-INK, MUTED, KEPT, REMOVED = "#000001", "#000002", "#000003", "#000004"
-OF_SPLIT = {"train": "#000005", "valid": "#000006", "test": "#000007"}
-VARIABLES = {INK: "ink", MUTED: "muted", KEPT: "kept", REMOVED: "removed"} | {c: s for s, c in OF_SPLIT.items()}
-STYLE = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "colarec",  # ids, drawn at random otherwise
-    "text.parse_math": False,  # a $ in a name is a $
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "legend.frameon": False,
-}
-
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>
-:root {{ --page: #fff; --ink: #1d2430; --muted: #667080; --line: #e1e5ea; --panel: #f6f7f9; --kept: #7f9cc0;
-  --removed: #cf6a4c; --train: #7f9cc0; --valid: #e0a83c; --test: #b4507f; --good: #2c7a4b; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --page: #14181e; --ink: #e3e7ec; --muted: #98a2b0; --line: #2c333d;
-  --panel: #1c2129; --kept: #6787b0; --removed: #d77a5d; --train: #6787b0; --valid: #d9a441; --test: #c4678f;
-  --good: #63b785; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; max-width: 1040px; padding: 40px 24px 64px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }}
-h1 {{ margin: 0 0 4px; font-size: 26px; font-weight: 650; }}
-h2 {{ margin: 44px 0 10px; padding-top: 18px; border-top: 1px solid var(--line); font-size: 18px; font-weight: 650; }}
-h3 {{ margin: 20px 0 6px; font-size: 15px; font-weight: 650; }}
-p {{ margin: 6px 0 12px; max-width: 75ch; }}
-.note {{ color: var(--muted); font-size: 13.5px; }}
-.counts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0; }}
-.counts div {{ padding: 12px 16px; border-radius: 8px; background: var(--panel); }}
-.counts b {{ display: block; font-size: 23px; font-weight: 600; font-variant-numeric: tabular-nums; }}
-.counts span {{ color: var(--muted); font-size: 13.5px; }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); gap: 8px 32px; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 5px 20px 5px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
-th {{ color: var(--muted); font-weight: 500; }}
-.number {{ text-align: right; white-space: nowrap; }}
-code {{ font: 12.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }}
-.good {{ color: var(--good); font-weight: 600; }}
-svg {{ display: block; width: 100%; height: auto; margin: 8px 0; }}
-svg text {{ font-family: inherit !important; }}
-@media print {{ body {{ padding: 0; }} h2 {{ break-after: avoid; }} svg, table {{ break-inside: avoid; }} }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+OF_SPLIT = {"train": pages.TRAIN, "valid": pages.VALID, "test": pages.TEST}
 
 
 def write_report(report: dict, folder: Path) -> None:
@@ -122,7 +58,7 @@ def page(report: dict) -> str:
     title = f"Corpus of {report['name']}"
     parts = [f"<h1>{html.escape(title)}</h1>", summary(report)]
     parts += [f"<h2>{name}</h2>\n{text}" for name, text in sections.items() if text]
-    return PAGE.format(title=html.escape(title), body="\n".join(parts))
+    return pages.whole_page(title, "\n".join(parts))
 
 
 # --- the sections: HTML, or nothing ---
@@ -241,66 +177,11 @@ def content(found: dict | None) -> str:
     return f'<p>{told}</p><div class="pair">{panel}</div>'
 
 
-# --- HTML ---
-
-
-class Html(str):
-    """Text that is HTML already."""
-
-
-def code(text: str) -> Html:
-    return Html(f"<code>{html.escape(text)}</code>")
-
-
-def table(head: tuple[str, ...], rows: Iterable[Iterable[str]], align: str) -> str:
-    """`align`: of each column l(eft) or r(ight). Cells that are not Html are escaped."""
-
-    def line(tag: str, cells: Iterable[str]) -> str:
-        texts = (cell if isinstance(cell, Html) else html.escape(cell) for cell in cells)
-        starts = (f"<{tag} class=number>" if side == "r" else f"<{tag}>" for side in align)
-        return "<tr>" + "".join(f"{a}{text}</{tag}>" for a, text in zip(starts, texts, strict=True)) + "</tr>"
-
-    lines = [line("th", head)] if head else []
-    return '<div class="scroll"><table>' + "\n".join([*lines, *(line("td", row) for row in rows)]) + "</table></div>"
-
-
-def counted(num: int, whole: int) -> tuple[str, str]:
-    return f"{num:,}", share(num, whole)
-
-
-def share(part: float, whole: float) -> str:
-    """In percent; what is not nothing does not look like nothing, nor like all."""
-    percent = 100 * part / whole if whole else 0
-    if 0 < percent < 0.01:
-        return "< 0.01%"
-    if 99.99 < percent < 100:
-        return "> 99.99%"
-    return f"{percent:.2f}%" if 0 < percent < 1 or 99 < percent < 100 else f"{percent:.1f}%"
-
-
 def utc(ms: int) -> str:
     return f"{datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 # --- figures ---
-
-
-def figure(draw: Callable[[Axes], None], label: str, inches: tuple[float, float]) -> str:
-    """The SVG of what `draw` puts into the axes, to be part of a page. `label`: for those who cannot see it."""
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=inches, layout="constrained")
-        draw(drawing.add_subplot())
-        stream = io.StringIO()
-        drawing.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    svg = stream.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    # The page sets the size; ids are of the page, not of the figure.
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    prefix = re.sub(r"\W+", "-", label)
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{variable})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
 def draw_filters(axes: Axes, steps: list[dict]) -> None:
@@ -383,11 +264,3 @@ def draw_activity(axes: Axes, unit: str, periods: dict[datetime.date, list[int]]
     axes.yaxis.set_major_formatter(FuncFormatter(short))
     axes.set_ylabel(f"events by {unit}")
     axes.legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
-
-
-def short(num: float, _place: int | None = None) -> str:
-    """1500000 -> 1.5M."""
-    for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if abs(num) >= unit:
-            return f"{num / unit:.4g}{letter}"
-    return f"{num:g}"

@@ -6,11 +6,10 @@ GPUs, all:        deepspeed eval/main.py --config configs/phone.toml
 One process:      python eval/main.py --config configs/phone.toml
 
 All users of the split are scored, none is sampled; the numbers are the same at any number of ranks.
-Writes metrics.json, table.md and recommendations.parquet.
+Writes metrics.json, table.md, recommendations.parquet, and report.html for people.
 """
 
 import contextlib
-import dataclasses
 import platform
 from pathlib import Path
 
@@ -23,11 +22,10 @@ import torch.distributed as dist
 from contract import cli, schema
 from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_output
 from contract.cli import RANK, Progress
-from contract.config import Config, Train
 from contract.tracking import track
-from eval import baselines, metrics, table
+from eval import explain, report, scoring, table
 from eval.decode import Recommender
-from eval.users import EvalUsers, read_eval_users
+from eval.users import read_eval_users
 from trainer import loader
 from trainer.distributed import process_group
 
@@ -44,8 +42,10 @@ def main(argv: list[str]) -> None:
         run = stack.enter_context(track(config, "eval"))
         parts = Output(config, "eval").path  # of rank 0, for the lists of all
         with process_group() as (rank, world_size, device):
+            recommender = Recommender(config, inputs, device)
+            lists = recommend(recommender, inputs["corpus"], rank, world_size, progress)
             dist.barrier()  # the folder is there
-            np.savez(parts / f".rank-{rank}.npz", **recommend(config, inputs, rank, world_size, device, progress))
+            np.savez(parts / f".rank-{rank}.npz", **lists)
             dist.barrier()
         if RANK > 0:
             return
@@ -54,21 +54,23 @@ def main(argv: list[str]) -> None:
         if not np.array_equal(users.user_idx, recommended["user_idx"]):
             raise AssertionError("the ranks together did not score every user once")
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-        results = score(config, inputs, users, recommended, f"{world_size} x {device_name}", progress)
+        results = scoring.score(config, inputs, users, recommended, f"{world_size} x {device_name}", progress)
         write_recommendations(inputs["corpus"], recommended, output.path / "recommendations.parquet")
         table.write(results, output.path / "metrics.json")
         (output.path / "table.md").write_text(table.markdown(results))
-        for model, values in results.models.items():
-            prefix = "" if model == "ColaRec" else f"{model}/"
-            run.metrics({f"{prefix}{name}": estimate["mean"] for name, estimate in values.items()})
-        run.artifact(output.path / "table.md")
-        run.artifact(output.path / "metrics.json")
+        rows = explain.choose_users(users, recommended["item_idx"], config.seed)
+        people = explain.explain(recommender, inputs["corpus"], users, recommended["item_idx"], rows)
+        names = report.read_names(inputs["corpus"], inputs["gid"], people)
+        report.write_report(output.path / "report.html", results, people, names)
+        run.metrics(table.numbers(results))
+        for file in ("table.md", "metrics.json", "report.html"):
+            run.artifact(output.path / file)
         output.commit({"num_users": len(users)}, {name: artifact.digest for name, artifact in inputs.items()})
         progress(f"wrote {config.work_dir / 'eval'}\n\n{table.terminal(results)}")
 
 
 def recommend(
-    config: Config, inputs: dict[str, Artifact], rank: int, world_size: int, device: torch.device, progress: Progress
+    recommender: Recommender, corpus: Artifact, rank: int, world_size: int, progress: Progress
 ) -> dict[str, np.ndarray]:
     """The lists of this rank's users, N of them.
 
@@ -76,16 +78,14 @@ def recommend(
         user_idx int64 (N,); item_idx int32 (N, k) and score float32 (N, k), what ColaRec recommends; of the hybrid
         also what its halves would recommend alone, generative and dense int32 (N, k).
     """
-    recommender, k = Recommender(config, inputs, device), max(config.eval.cutoffs)
-    num_batches = loader.num_eval_batches(inputs["corpus"], config.eval.split, config.eval.batch, world_size)
-    batches = loader.eval_batches(
-        config, recommender.catalog, inputs["corpus"], config.eval.split, config.eval.batch, rank, world_size
-    )
+    config, catalog, split = recommender.config, recommender.catalog, recommender.config.eval.split
+    num_batches = loader.num_eval_batches(corpus, split, config.eval.batch, world_size)
+    batches = loader.eval_batches(config, catalog, corpus, split, config.eval.batch, rank, world_size)
     lists = []
     for number, batch in enumerate(batches, 1):
         real = batch["user_idx"].numpy() > 0  # the rest only fills up
         names = ("user", "seen_row", "seen_item") if config.eval.mask_seen else ("user",)
-        found = recommender.recommend({name: batch[name] for name in names}, k)
+        found = recommender.recommend({name: batch[name] for name in names}, max(config.eval.cutoffs))
         found["user_idx"] = batch["user_idx"]
         lists.append({name: values.cpu().numpy()[real] for name, values in found.items()})
         if number % max(1, num_batches // 8) == 0 or number == num_batches:
@@ -104,30 +104,6 @@ def collect(parts: Path, world_size: int) -> dict[str, np.ndarray]:
     for file in files:
         file.unlink()
     return {name: array[order] for name, array in together.items()}
-
-
-def score(
-    config: Config, inputs: dict[str, Artifact], users: EvalUsers, recommended: dict, device: str, progress: Progress
-) -> table.Results:
-    """Metrics of ColaRec and of the baselines over the same users."""
-    k, num_items = max(config.eval.cutoffs), inputs["corpus"].counts["num_items"]
-    rankings = {"ColaRec": recommended["item_idx"]}
-    rankings |= {f"ColaRec, {half}": recommended[half] for half in ("generative", "dense") if half in recommended}
-    fit = baselines.read_fit(inputs["corpus"], inputs["gid"], config, progress)
-    others, facts = baselines.rank_all(fit, users, k, config.eval.mask_seen)
-    rankings |= others
-    models, lead = metrics.compare(rankings, users.targets, config.eval.cutoffs, num_items, config.seed)
-    trained = inputs["model"]
-    # What the model was trained with, which the settings of [train] may no longer say.
-    as_trained = dataclasses.replace(config, train=Train(**trained.manifest["training"]["train"]))
-    facts["trained"] = (
-        f"{trained.counts['seconds'] / 60:.0f} min on {trained.manifest['training']['world_size']} x "
-        f"{trained.manifest['training']['device']}, {trained.counts['step']} steps; "
-        f"best valid {'loss' if as_trained.train.best == 'loss' else 'ndcg@10'} after epoch "
-        f"{trained.counts['best_epoch']:g}"
-    )
-    protocol = table.protocol(as_trained, len(users), num_items, device, **facts)
-    return table.Results(config.name, protocol, models, lead)
 
 
 def write_recommendations(corpus: Artifact, recommended: dict[str, np.ndarray], file: Path) -> None:

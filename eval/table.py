@@ -1,19 +1,23 @@
-"""The results of an evaluation: metrics.json, and the tables drawn from it."""
+"""The results of an evaluation: metrics.json, the tables drawn from it, and the names of its numbers in MLflow."""
 
 import dataclasses
 import json
+import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from contract.artifacts import git_revision, write_atomically
 from contract.config import Config
 
+LINE = 110  # columns of a terminal that sentences are broken at
+
 
 @dataclass(frozen=True)
 class Results:
-    """What metrics.json holds. All of it is JSON-ready; `metrics.compare` makes `models` and `lead`.
+    """What metrics.json holds. All of it is JSON-ready; `metrics.compare` makes `models` and `lead`, `slices.measure`
+    makes `slices`.
 
     The first model is the one that is evaluated, the others are what it is compared with.
     """
@@ -22,6 +26,9 @@ class Results:
     protocol: dict[str, str]  # facts in the order to show them, see `protocol`
     models: dict[str, dict[str, dict]]  # {model: {metric: {"mean", "low", "high"}}}; 95% intervals over users
     lead: dict[str, dict]  # {metric: {"mean", "low", "high", "over"}}: the first model minus the best other one
+    num_users: int = 0  # that all means but those of slices are over; 0 in results from before it was kept
+    slices: list[dict] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=dict)  # {model: recall@1, recall@2, ..}
 
 
 def write(results: Results, file: Path) -> None:
@@ -85,6 +92,24 @@ def _decoding(config: Config, num_items: int) -> str:
     return found
 
 
+def numbers(results: Results) -> dict[str, float]:
+    """{name: value} for MLflow. The first model's metrics have their own names, others are below the model's, slices
+    below slice/<kind>/<name>: `recall@10`, `item_knn/recall@10`, `slice/popularity/tail/recall@10`."""
+    ours = next(iter(results.models))
+    found = {"num_users": results.num_users}
+    parts = [("", results.models, results.lead)]
+    for one in results.slices:
+        place = f"slice/{one['kind']}/{one['name']}/"
+        parts.append((place, one["models"], one["lead"]))
+        found |= {f"{place}{name}": one[name] for name in ("num_users", "num_targets")}
+    for place, models, lead in parts:
+        for model, metrics in models.items():
+            prefix = place if model == ours else f"{model}/{place}"
+            found |= {f"{prefix}{name}": estimate["mean"] for name, estimate in metrics.items()}
+        found |= {f"lead/{place}{name}": estimate["mean"] for name, estimate in lead.items()}
+    return found
+
+
 def terminal(results: Results) -> str:
     """An aligned table; a star marks the best of each column."""
     rows = _rows(results, lambda estimate, best: f"{estimate['mean']:.4f}{'*' if best else ' '}", "{mean:+.4f} ")
@@ -95,26 +120,27 @@ def terminal(results: Results) -> str:
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
+    notes = [line for note in notes_of(results) for line in textwrap.wrap(note, LINE, subsequent_indent="  ")]
     facts = [f"{key + ':':<12} {value}" for key, value in results.protocol.items()]
-    return "\n".join([*(line.rstrip() for line in lines), "", "* best", *_notes(results), "", *facts])
+    return "\n".join([*(line.rstrip() for line in lines), "", "* best", *notes, "", *facts])
 
 
 def markdown(results: Results) -> str:
     """The same with the half-width of each interval; the best of each column is bold."""
     rows = _rows(
         results,
-        lambda estimate, best: f"{'**' * best}{estimate['mean']:.4f}{'**' * best} ±{_half_width(estimate):.4f}",
+        lambda estimate, best: f"{'**' * best}{estimate['mean']:.4f}{'**' * best} ±{half_width(estimate):.4f}",
         "{mean:+.4f} ±{half_width:.4f}",
     )
     rows.insert(1, ["---", *["---:"] * (len(rows[0]) - 1)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     facts = [f"- {key}: {value}" for key, value in results.protocol.items()]
-    return "\n".join([*lines, "", " ".join(["Bold: best.", *_notes(results)]), "", *facts]) + "\n"
+    return "\n".join([*lines, "", " ".join(["Bold: best.", *notes_of(results)]), "", *facts]) + "\n"
 
 
 def _rows(results: Results, cell: Callable[[dict, bool], str], lead: str) -> list[list[str]]:
     """A header, a row per model, and the lead of the first model when there are others."""
-    names = _names_with_interval(results)
+    names = columns(results)
     # Compared as printed: what looks equal is equally good.
     best = {name: max(round(metrics[name]["mean"], 4) for metrics in results.models.values()) for name in names}
     rows = [["", *names]]
@@ -122,29 +148,35 @@ def _rows(results: Results, cell: Callable[[dict, bool], str], lead: str) -> lis
         rows.append([model, *(cell(metrics[n], round(metrics[n]["mean"], 4) == best[n]) for n in names)])
     if results.lead:
         leads = [results.lead[name] for name in names]
-        rows.append(["lead", *(lead.format(mean=x["mean"], half_width=_half_width(x)) for x in leads)])
+        rows.append(["lead", *(lead.format(mean=x["mean"], half_width=half_width(x)) for x in leads)])
     return rows
 
 
-def _notes(results: Results) -> list[str]:
-    names = _names_with_interval(results)
-    widest = max(_half_width(metrics[name]) for metrics in results.models.values() for name in names)
+def notes_of(results: Results) -> list[str]:
+    """What the table does not show, in sentences."""
+    names = columns(results)
+    widest = max(half_width(metrics[name]) for metrics in results.models.values() for name in names)
     notes = [f"Intervals (95%, bootstrap over users) are ±{widest:.4f} or less."]
     ours = next(iter(results.models))
     if results.lead:
         notes.append(f"lead: {ours} minus the best other model, paired by user.")
-    coverage = [name for name in results.models[ours] if name not in names]
-    if coverage:
-        shares = (f"{model} {metrics[coverage[-1]]['mean']:.0%}" for model, metrics in results.models.items())
-        notes.append(f"{coverage[-1]}, the share of the catalog that is recommended: {', '.join(shares)}.")
+    for family, what, style in (
+        ("coverage", "the share of the catalog that is recommended", ".0%"),
+        ("arp", "how many train events an item that is recommended has, on average", ",.1f"),
+    ):
+        last = [name for name in results.models[ours] if name.startswith(family)][-1:]
+        for name in last:
+            values = (f"{model} {metrics[name]['mean']:{style}}" for model, metrics in results.models.items())
+            notes.append(f"{name}, {what}: {', '.join(values)}.")
     return notes
 
 
-def _names_with_interval(results: Results) -> list[str]:
-    """All metrics but coverage, which is not a mean over users."""
+def columns(results: Results) -> list[str]:
+    """The metrics of the table: recall and ndcg at each cutoff, mrr at the largest, OTTO's total."""
     first = next(iter(results.models.values()))
-    return [name for name, estimate in first.items() if "low" in estimate]
+    mrr = [name for name in first if name.startswith("mrr")]
+    return [name for name in first if name.startswith(("recall", "ndcg", "otto@"))] + mrr[-1:]
 
 
-def _half_width(estimate: dict) -> float:
+def half_width(estimate: dict) -> float:
     return (estimate["high"] - estimate["low"]) / 2

@@ -5,25 +5,40 @@ from dataclasses import dataclass
 import numpy as np
 
 from contract.artifacts import Artifact
-from contract.schema import Ragged
+from contract.schema import NO_TIME, Ragged
 from trainer.loader import shard_paths
 from trainer.samples import read_shard
 
 
 @dataclass(frozen=True)
 class EvalUsers:
-    """N users, in ascending order of user_idx."""
+    """N users with T targets, in ascending order of user_idx."""
 
     user_idx: np.ndarray  # int64 (N,)
     history: Ragged  # int32 item_idx, in time order; the seen items
     targets: Ragged  # int32 item_idx, at least one per user
+    # What only slices and OTTO's metric look at; see `read_eval_users`.
+    last_ts: np.ndarray | None = None  # int64 (N,): of the last event of the history, NO_TIME where unknown
+    target_ts: np.ndarray | None = None  # int64 (T,), NO_TIME where unknown
+    target_event: np.ndarray | None = None  # int8 (T,): 0 unknown, else 1 + position in the corpus manifest's "events"
 
     def __len__(self) -> int:
         return len(self.user_idx)
 
     def take(self, rows: np.ndarray) -> "EvalUsers":
         """The users of these rows (ascending), for example a rank's share: `np.arange(rank, len(users), world)`."""
-        return EvalUsers(self.user_idx[rows], self.history.take(rows), self.targets.take(rows))
+
+        def of_targets(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else Ragged(values, self.targets.offsets).take(rows).values
+
+        return EvalUsers(
+            self.user_idx[rows],
+            self.history.take(rows),
+            self.targets.take(rows),
+            None if self.last_ts is None else self.last_ts[rows],
+            of_targets(self.target_ts),
+            of_targets(self.target_event),
+        )
 
 
 def read_eval_users(corpus: Artifact, split: str) -> EvalUsers:
@@ -37,12 +52,22 @@ def read_eval_users(corpus: Artifact, split: str) -> EvalUsers:
     blocks = [read_shard(path) for path in shard_paths(corpus, split)]
     if not blocks:
         raise ValueError(f"{corpus.path} has no {split} users: all items of all users are in other splits")
-    user_idx = np.concatenate([block.user_idx for block in blocks])
+    user_idx, ts, event, is_target = (
+        np.concatenate([getattr(block, name) for block in blocks]) for name in ("user_idx", "ts", "event", "is_target")
+    )
     lengths = np.concatenate([block.item_idx.lengths for block in blocks])
     items = Ragged(np.concatenate([block.item_idx.values for block in blocks]), _offsets(lengths))
-    is_target = np.concatenate([block.is_target for block in blocks])
-    rows = np.argsort(user_idx)
-    users = EvalUsers(user_idx, _select(items, ~is_target), _select(items, is_target)).take(rows)
+    history = _select(items, ~is_target)
+    last = np.maximum(history.offsets[1:] - 1, 0)
+    history_ts = np.append(ts[~is_target], NO_TIME)  # so that there is one when all histories are empty
+    users = EvalUsers(
+        user_idx,
+        history,
+        _select(items, is_target),
+        np.where(history.lengths > 0, history_ts[last], NO_TIME),
+        ts[is_target],
+        event[is_target],
+    ).take(np.argsort(user_idx))
     if (np.diff(users.user_idx) == 0).any():
         raise ValueError(f"{corpus.path}: a user is twice in the {split} shards; run again: spark-submit etl/build.py")
     return users

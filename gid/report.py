@@ -3,20 +3,16 @@
 import base64
 import html
 import io
-import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow.dataset as pads
-import scipy.sparse as sp
 
 from contract.config import Config
 from gid.hierarchy import Shape, cluster_sse, leaf_sse, prefix_of
+from gid.words import popular_texts, telling_words
 
-NUM_WORDS, NUM_TOP_ITEMS, NUM_CHILDREN = 8, 5, 6
-MAX_TEXTS = 100_000  # items whose words are counted, the most popular ones
+NUM_TOP_ITEMS, NUM_CHILDREN = 5, 6
 MAX_POINTS = 20_000  # items on the map
-WORD = re.compile(r"[^\W\d_]{3,}")
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>GIDs of {name}</title>
@@ -99,7 +95,7 @@ def write_report(file: Path, config: Config, corpus: Path, gids: np.ndarray, x: 
         corpus: the folder, for texts and popularity; gids: int (I, l); x: float (I, d), what was clustered; counts:
             those of the manifest.
     """
-    table = _texts(corpus)
+    table = popular_texts(corpus)
     num_points = min(MAX_POINTS, len(gids))
     note = f"The two leading principal axes of what was clustered ({_space(config)}), coloured by first code; "
     note += "all items" if num_points == len(gids) else f"{num_points:,} items drawn at random of {len(gids):,}"
@@ -190,41 +186,6 @@ def principal_axes(x: np.ndarray, num_axes: int) -> np.ndarray:
     found = np.zeros((len(x), num_axes))
     found[:, : axes.shape[1]] = centred @ axes
     return found
-
-
-def _texts(corpus: Path) -> dict:
-    """{"row": item_idx - 1, "text", "num_train"} of at most MAX_TEXTS items, the most popular first."""
-    table = pads.dataset(corpus / "items.parquet", format="parquet").to_table(columns=["item_idx", "num_train"])
-    row, popularity = table["item_idx"].to_numpy() - 1, table["num_train"].to_numpy()
-    kept = np.lexsort((row, -popularity))[:MAX_TEXTS]
-    texts = pads.dataset(corpus / "items.parquet", format="parquet").take(kept, columns=["text"])["text"].to_pylist()
-    return {"row": row[kept], "text": [text or "" for text in texts], "num_train": popularity[kept]}
-
-
-def telling_words(texts: list[str], group: np.ndarray, num_groups: int) -> list[list[str]]:
-    """Per group the words w of the largest p(w | group) log(p(w | group) / p(w)); p counts texts, not occurrences."""
-    vocabulary: dict[str, int] = {}
-    rows, columns = [], []
-    for row, text in enumerate(texts):
-        found = {vocabulary.setdefault(word, len(vocabulary)) for word in set(WORD.findall(text.lower()))}
-        rows += [row] * len(found)
-        columns += sorted(found)
-    if not vocabulary:
-        return [[] for _ in range(num_groups)]
-    has_word = sp.csr_matrix((np.ones(len(rows)), (rows, columns)), (len(texts), len(vocabulary)))
-    member = sp.csr_matrix((np.ones(len(group)), (group, np.arange(len(group)))), (num_groups, len(texts)))
-    in_group = (member @ has_word).tocsr()
-    overall = np.asarray(has_word.mean(axis=0)).ravel()
-    words, sizes = np.array(list(vocabulary)), np.bincount(group, minlength=num_groups)
-    result = []
-    for k in range(num_groups):
-        part = in_group[[k]]
-        often = part.data >= min(3, 0.5 * sizes[k])  # a word of one text tells of the text
-        share = part.data[often] / max(sizes[k], 1)
-        score = share * np.log(share / overall[part.indices[often]])
-        best = np.lexsort((words[part.indices[often]], -score))[:NUM_WORDS]
-        result.append(words[part.indices[often][best[score[best] > 0]]].tolist())
-    return result
 
 
 def _cluster_list(gids: np.ndarray, table: dict) -> str:

@@ -174,7 +174,7 @@ class ColaRec(PreTrainedModel):
         x_BLD = x_BLD + self.event(inputs["event"]) + self.recency(inputs["recency"]) + self.gap(inputs["gap"])
         if "content_row" in inputs:
             bags = F.embedding_bag(inputs["content_tokens"], self.token.weight, inputs["content_offsets"], mode="mean")
-            bags = torch.cat([torch.zeros_like(bags[:1]), bags])
+            bags = F.pad(bags, (0, 0, 1, 0))  # row 0 is no bag; there are none when all histories are empty
             x_BLD = x_BLD + bags[inputs["content_row"]]
         return x_BLD / self.scale
 

@@ -75,4 +75,5 @@ def _ranking_sums(items: np.ndarray, batch: dict) -> torch.Tensor:
     lengths = torch.bincount(batch["pair_row"], minlength=len(items)).numpy()
     targets = Ragged(batch["pair_item"].numpy(), np.concatenate([[0], np.cumsum(lengths)]))
     metrics = ranking_metrics(items, targets, [CUTOFF])
-    return torch.tensor([len(items), *(values.sum() for values in metrics.values())], dtype=torch.float64)
+    sums = [metrics[f"{name}@{CUTOFF}"].sum() for name in ("recall", "ndcg")]
+    return torch.tensor([len(items), *sums], dtype=torch.float64)

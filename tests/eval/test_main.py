@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,13 @@ def test_one_rank_and_two_give_the_same_numbers(trained):
     assert one["models"]["ColaRec"]["recall@10"]["mean"] == pytest.approx(hits / 60)
     names = {"ColaRec", "ColaRec, generative", "ColaRec, dense", "popularity", "item_knn", "lightgcn"}
     assert set(one["models"]) == names
+    assert two["slices"] == one["slices"]
+    assert two["curves"] == one["curves"]
+    assert one["num_users"] == 60
+    page = (config.work_dir / "eval" / "report.html").read_text()
+    assert "10 users" in page
+    assert re.search(r"\bitem \d+\b", page)  # the texts
+    assert not re.search(r"\b[iu]\d+\b", page)  # raw ids of items and users
 
 
 def test_every_baseline_is_in_the_table(trained):

@@ -1,5 +1,7 @@
 """Tables and metrics.json of literal results."""
 
+import json
+
 import pytest
 
 from contract import config as config_module
@@ -16,32 +18,58 @@ def results():
         "small",
         {"data": "10 users", "date": "2024-05-06"},
         {
-            "ColaRec": {"recall@5": estimate(0.25, 0.02), "ndcg@5": estimate(0.125, 0.01), "coverage@5": {"mean": 0.5}},
+            "ColaRec": {
+                "recall@5": estimate(0.25, 0.02),
+                "ndcg@5": estimate(0.125, 0.01),
+                "mrr@1": estimate(0.01, 0.01),
+                "mrr@5": estimate(0.3, 0.01),
+                "arp@5": estimate(12.34, 1),
+                "coverage@5": {"mean": 0.5},
+            },
             "popularity": {
                 "recall@5": estimate(0.1, 0.03),
                 "ndcg@5": estimate(0.12501, 0.01),
+                "mrr@1": estimate(0, 0),
+                "mrr@5": estimate(0.2, 0.01),
+                "arp@5": estimate(1234.56, 1),
                 "coverage@5": {"mean": 0},
             },
         },
         {
             "recall@5": {**estimate(0.15, 0.04), "over": "popularity"},
             "ndcg@5": {**estimate(-0.00001, 0.02), "over": "popularity"},
+            "mrr@1": {**estimate(0.01, 0.02), "over": "popularity"},
+            "mrr@5": {**estimate(0.1, 0.02), "over": "popularity"},
         },
+        10,
+        [
+            {
+                "kind": "popularity",
+                "name": "tail",
+                "what": "rare items",
+                "num_users": 4,
+                "num_targets": 5,
+                "models": {"ColaRec": {"recall@5": estimate(0.2, 0.1)}, "popularity": {"recall@5": estimate(0, 0)}},
+                "lead": {"recall@5": {**estimate(0.2, 0.1), "over": "popularity"}},
+            }
+        ],
+        {"ColaRec": [0.1, 0.2], "popularity": [0, 0.1]},
     )
 
 
 def test_terminal(results):
     assert table.terminal(results).splitlines() == [
-        "            recall@5    ndcg@5",
-        "-------------------------------",
-        "ColaRec       0.2500*   0.1250*",
-        "popularity    0.1000    0.1250*",
-        "lead         +0.1500   -0.0000",
+        "            recall@5    ndcg@5     mrr@5",
+        "-----------------------------------------",
+        "ColaRec       0.2500*   0.1250*   0.3000*",
+        "popularity    0.1000    0.1250*   0.2000",
+        "lead         +0.1500   -0.0000   +0.1000",
         "",
         "* best",
         "Intervals (95%, bootstrap over users) are ±0.0300 or less.",
         "lead: ColaRec minus the best other model, paired by user.",
         "coverage@5, the share of the catalog that is recommended: ColaRec 50%, popularity 0%.",
+        "arp@5, how many train events an item that is recommended has, on average: ColaRec 12.3, popularity 1,234.6.",
         "",
         "data:        10 users",
         "date:        2024-05-06",
@@ -50,23 +78,44 @@ def test_terminal(results):
 
 def test_markdown(results):
     assert table.markdown(results).splitlines() == [
-        "|  | recall@5 | ndcg@5 |",
-        "| --- | ---: | ---: |",
-        "| ColaRec | **0.2500** ±0.0200 | **0.1250** ±0.0100 |",
-        "| popularity | 0.1000 ±0.0300 | **0.1250** ±0.0100 |",
-        "| lead | +0.1500 ±0.0400 | -0.0000 ±0.0200 |",
+        "|  | recall@5 | ndcg@5 | mrr@5 |",
+        "| --- | ---: | ---: | ---: |",
+        "| ColaRec | **0.2500** ±0.0200 | **0.1250** ±0.0100 | **0.3000** ±0.0100 |",
+        "| popularity | 0.1000 ±0.0300 | **0.1250** ±0.0100 | 0.2000 ±0.0100 |",
+        "| lead | +0.1500 ±0.0400 | -0.0000 ±0.0200 | +0.1000 ±0.0200 |",
         "",
         "Bold: best. Intervals (95%, bootstrap over users) are ±0.0300 or less. "
         "lead: ColaRec minus the best other model, paired by user. "
-        "coverage@5, the share of the catalog that is recommended: ColaRec 50%, popularity 0%.",
+        "coverage@5, the share of the catalog that is recommended: ColaRec 50%, popularity 0%. "
+        "arp@5, how many train events an item that is recommended has, on average: ColaRec 12.3, popularity 1,234.6.",
         "",
         "- data: 10 users",
         "- date: 2024-05-06",
     ]
 
 
+def test_numbers_for_mlflow(results):
+    found = table.numbers(results)
+    assert found["num_users"] == 10
+    assert found["recall@5"] == 0.25
+    assert found["popularity/arp@5"] == 1234.56
+    assert found["lead/mrr@5"] == 0.1
+    assert found["coverage@5"] == 0.5
+    assert found["slice/popularity/tail/num_targets"] == 5
+    assert found["slice/popularity/tail/recall@5"] == 0.2
+    assert found["popularity/slice/popularity/tail/recall@5"] == 0
+    assert found["lead/slice/popularity/tail/recall@5"] == 0.2
+    assert len(found) == 22  # 1 + 6 + 6 + 4 of all, 2 + 1 + 1 + 1 of the slice
+
+
+def test_results_of_before_there_were_slices_are_read(results, tmp_path):
+    old = {name: value for name, value in vars(results).items() if name in ("name", "protocol", "models", "lead")}
+    (tmp_path / "metrics.json").write_text(json.dumps(old))
+    assert table.read(tmp_path / "metrics.json").slices == []
+
+
 def test_one_model_alone_has_no_lead(results):
-    alone = Results("small", {}, {"ColaRec": results.models["ColaRec"]}, {})
+    alone = Results("small", {}, {"ColaRec": results.models["ColaRec"]}, {}, 10)
     assert "lead" not in table.terminal(alone) + table.markdown(alone)
 
 

@@ -1,17 +1,7 @@
 import numpy as np
 import pytest
 
-from gid.report import draw_map, entropy, principal_axes, telling_words
-
-
-def test_telling_words_are_frequent_here_and_rare_elsewhere():
-    texts = ["red shoe Running", "red SHOE", "shoe laces red", "blue phone case", "phone case", "red phone"]
-    words = telling_words(texts, np.array([0, 0, 0, 1, 1, 1]), 3)
-    assert words[0][0] == "shoe"
-    assert set(words[1][:2]) == {"phone", "case"}
-    assert "red" not in words[1]
-    assert words[2] == []
-    assert telling_words(["", ""], np.array([0, 1]), 2) == [[], []]
+from gid.report import draw_map, entropy, principal_axes
 
 
 def test_entropy_in_bits():
