@@ -26,10 +26,10 @@ from contract.cli import RANK, Progress
 from contract.config import Config, Train
 from contract.tracking import track
 from eval import baselines, metrics, table
-from eval.decode import Recommender
 from eval.users import EvalUsers, read_eval_users
 from trainer import loader
 from trainer.distributed import process_group
+from trainer.recommender import load
 
 
 def main(argv: list[str]) -> None:
@@ -76,7 +76,7 @@ def recommend(
         user_idx int64 (N,); item_idx int32 (N, k) and score float32 (N, k), what ColaRec recommends; of the hybrid
         also what its halves would recommend alone, generative and dense int32 (N, k).
     """
-    recommender, k = Recommender(config, inputs, device), max(config.eval.cutoffs)
+    recommender, k = load(config, inputs, device), max(config.eval.cutoffs)
     num_batches = loader.num_eval_batches(inputs["corpus"], config.eval.split, config.eval.batch, world_size)
     batches = loader.eval_batches(
         config, recommender.catalog, inputs["corpus"], config.eval.split, config.eval.batch, rank, world_size
