@@ -300,7 +300,7 @@ class Train:
     resume: bool = _opt(True, "go on from <work>/checkpoints; false: delete it and start over")
     eval_every: int = _opt(0, "steps between two validations; 0: one each epoch", low=0)
     eval_users: int = _opt(10_000, "valid users of a validation, always the same sample; 0: all", low=0)
-    eval_beams: int = _opt(20, "beam width at validation, for recall@10 and ndcg@10", low=1)
+    eval_beams: int = _opt(20, "beam width at validation", low=1)
     best: str = _opt(
         "ndcg", "the weights kept are those of the highest valid 'ndcg'@10 or lowest 'loss'", ("ndcg", "loss")
     )
@@ -325,10 +325,10 @@ class Eval:
     )
     beams: int = _opt(100, "beam width", low=1)
     hybrid: float = _opt(
-        4.0,
+        -1.0,
         "weight of h(X_u) . h(X_i), the ranking score, beside the log-probability, over the best of the beam and the "
-        "best by that score; 0: the beam's alone, as in the paper ('generative')",
-        low=0,
+        "best by that score; 0: the beam's alone, as in the paper ('generative'); -1: what ranks the valid users best",
+        low=-1,
     )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)
     mask_seen: bool = _opt(True, "items of a user's history are never recommended")
@@ -529,6 +529,8 @@ def _check(config: Config) -> None:
     """What concerns several settings at once. Raises ValueError."""
     if not config.eval.cutoffs or min(config.eval.cutoffs) < 1:
         raise ValueError(f"eval.cutoffs = {list(config.eval.cutoffs)}: give at least one, all of them 1 or more")
+    if -1 < config.eval.hybrid < 0:
+        raise ValueError(f"eval.hybrid = {config.eval.hybrid}: must be 0 or more, or -1 to choose it on valid")
     if max(config.eval.cutoffs) > config.eval.beams:
         raise ValueError(f"eval.beams = {config.eval.beams}: must be at least the largest of eval.cutoffs")
     etl = config.etl

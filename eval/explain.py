@@ -13,10 +13,10 @@ from contract.artifacts import Artifact
 from contract.config import Config
 from contract.metrics import rows_of, target_ranks
 from contract.schema import Ragged
-from eval.decode import Recommender
 from eval.users import EvalUsers
 from trainer import inputs, loader, samples
 from trainer.inputs import Catalog, History
+from trainer.recommender import Recommender
 from trainer.samples import Block
 
 NUM_PEOPLE, NUM_SHOWN, NUM_REASONS = 10, 10, 3

@@ -24,10 +24,10 @@ from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_ou
 from contract.cli import RANK, Progress
 from contract.tracking import track
 from eval import explain, report, scoring, table
-from eval.decode import Recommender
 from eval.users import read_eval_users
 from trainer import loader
 from trainer.distributed import process_group
+from trainer.recommender import Recommender, load
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         run = stack.enter_context(track(config, "eval"))
         parts = Output(config, "eval").path  # of rank 0, for the lists of all
         with process_group() as (rank, world_size, device):
-            recommender = Recommender(config, inputs, device)
+            recommender = load(config, inputs, device)
             lists = recommend(recommender, inputs["corpus"], rank, world_size, progress)
             dist.barrier()  # the folder is there
             np.savez(parts / f".rank-{rank}.npz", **lists)
@@ -54,7 +54,9 @@ def main(argv: list[str]) -> None:
         if not np.array_equal(users.user_idx, recommended["user_idx"]):
             raise AssertionError("the ranks together did not score every user once")
         device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
-        results = scoring.score(config, inputs, users, recommended, f"{world_size} x {device_name}", progress)
+        results = scoring.score(
+            recommender.config, inputs, users, recommended, f"{world_size} x {device_name}", progress
+        )
         write_recommendations(inputs["corpus"], recommended, output.path / "recommendations.parquet")
         table.write(results, output.path / "metrics.json")
         (output.path / "table.md").write_text(table.markdown(results))
@@ -107,7 +109,7 @@ def collect(parts: Path, world_size: int) -> dict[str, np.ndarray]:
 
 
 def write_recommendations(corpus: Artifact, recommended: dict[str, np.ndarray], file: Path) -> None:
-    """A row per user: user_idx, and best first item_idx, item_id and score (see eval/decode.py)."""
+    """A row per user: user_idx, and best first item_idx, item_id and score (see trainer/recommender.py)."""
     item_ids = pa.array(schema.read_items(corpus.path).item_ids)
     found = recommended["item_idx"] > 0
     offsets = pa.array(np.concatenate([[0], np.cumsum(found.sum(1))]).astype(np.int32))

@@ -14,7 +14,6 @@ from contract.artifacts import Artifact
 from contract.cli import Preempted, Progress
 from contract.config import Config
 from contract.tracking import Run
-from gid.tree import GidTree
 from trainer import engine_state, loader, tables
 from trainer.checkpoint import Checkpoints
 from trainer.flops import peak_flops, step_flops
@@ -48,7 +47,6 @@ class Training:
         self.epoch_steps = loader.steps_per_epoch(config, corpus)
         self.num_steps = config.train.max_steps or config.train.epochs * self.epoch_steps
         self.eval_every = config.train.eval_every or self.epoch_steps
-        self.tree = GidTree(catalog.gids, config.gid.branching).to(engine.device)
         self.state = {
             "step": 0,
             "skipped": 0,  # steps of these that were not applied
@@ -277,7 +275,7 @@ class Training:
         begin, step = time.monotonic(), self.state["step"]
         with self._model_to_evaluate() as model:
             device = self.engine.device
-            measured = validate(self.config, self.corpus, self.catalog, self.tree, model, device, self._agree)
+            measured = validate(self.config, self.corpus, self.catalog, model, device, self._agree)
         best, epoch = self.state["best"], round(step / self.epoch_steps, 2)
         name, sign = ("ndcg@10", 1) if self.config.train.best == "ndcg" else ("rec", -1)
         better = not best or sign * measured[name] > sign * best[name]

@@ -7,12 +7,12 @@ import torch
 from contract.artifacts import open_artifact, stage_output
 from contract.schema import Ragged
 from eval import explain
-from eval.decode import Recommender
 from eval.users import EvalUsers, read_eval_users
 from tests import tiny
 from tests.eval.rows import ragged
 from trainer import inputs, loader, samples
 from trainer.export import write_model
+from trainer.recommender import Recommender, load
 
 NUM_ITEMS = 8  # recommended to each user
 
@@ -25,7 +25,7 @@ def room(work, order: str):
         digests = {name: open_artifact(config, name).digest for name in ("corpus", "gid")}
         output.commit({}, digests)
     artifacts = {name: open_artifact(config, name) for name in ("corpus", "gid", "model")}
-    recommender = Recommender(config, artifacts, torch.device("cpu"))
+    recommender = load(config, artifacts, torch.device("cpu"))
     users = read_eval_users(corpus, "test")
     lists = np.zeros((len(users), NUM_ITEMS), np.int32)
     for batch in loader.eval_batches(config, recommender.catalog, corpus, "test", 7, 0, 1):

@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 
 from contract.artifacts import open_artifact
-from gid.tree import GidTree
 from tests import tiny
 from tests.trainer import runs
 from trainer import engine_state, loader, samples
@@ -48,15 +47,14 @@ def test_validation_equals_the_ranking_of_all_items(tmp_path, group):
     config, corpus, catalog, net = tiny.tiny_room(tmp_path / "work", train__eval_beams="40", train__eval_users="0")
     with torch.no_grad():
         net.codebook_TKD.mul_(30)  # far from uniform, so that ranks do not hang on rounding
-    tree = GidTree(catalog.gids, config.gid.branching)
-    found = validate(config, corpus, catalog, tree, net, torch.device("cpu"), lambda: None)
+    found = validate(config, corpus, catalog, net, torch.device("cpu"), lambda: None)
 
     recall, ndcg, losses = [], [], []
     for batch in loader.eval_batches(config, catalog, corpus, "valid", 7, 0, 1):
         rows = torch.arange(len(batch["user_idx"])).repeat_interleave(40)
         every = batch | {"pair_row": rows, "pair_gid": torch.from_numpy(catalog.gids[1:]).repeat(len(rows) // 40, 1)}
         with torch.no_grad():
-            per_level = -net.gid_log_likelihood(net.encode(batch["user"]), every).view(-1, 40, tree.length)
+            per_level = -net.gid_log_likelihood(net.encode(batch["user"]), every).view(-1, 40, catalog.gids.shape[1])
         for user in range(len(per_level)):
             target = batch["pair_item"][batch["pair_row"] == user].item()
             losses.append(per_level[user, target - 1].mean().item())
@@ -118,9 +116,7 @@ def test_the_best_weights_by_ndcg_are_kept_and_patience_ends_the_run(work):
     net = ColaRec(training.engine.module.config)
     net.load_state_dict(safetensors.torch.load_file(training.checkpoints.best))
     device = torch.device("cpu")
-    again = validate(
-        training.config, training.corpus, training.catalog, training.tree, net.eval(), device, lambda: None
-    )
+    again = validate(training.config, training.corpus, training.catalog, net.eval(), device, lambda: None)
     assert again["ndcg@10"] == pytest.approx(max(ndcg))
 
 

@@ -1,4 +1,4 @@
-"""Recommendations of a trained model: its tree of GIDs and the vectors of its items, on one device.
+"""Recommendations of a model: its tree of GIDs and the vectors of its items, on one device.
 
 What ranks the items is `eval.mode`:
 
@@ -6,26 +6,63 @@ What ranks the items is `eval.mode`:
     dense       h(X_u) . h(X_i), of all items
     hybrid      log p(GID | X_u) + eval.hybrid * h(X_u) . h(X_i), of the best `eval.beams` by either
 
+The weight `eval.hybrid` of a trained model is the one that ranked best when it was validated, unless it is set.
+
 With `eval.exhaustive`, or where the beam is as wide as the catalog, log p of every item is computed, and all three rank
 all items. A score is the same either way: the width of the beam decides which items are scored, not how.
 
 Axes in names: B users, N items of each, C items of the tree, D width.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
+from contract import config as config_module
 from contract.artifacts import Artifact
 from contract.config import Config
-from eval import dense
 from gid.tree import GidTree
+from trainer import dense
 from trainer.beam import all_items, beam_search, best_items, gid_log_p
 from trainer.export import load_model
-from trainer.inputs import read_catalog
+from trainer.inputs import Catalog, read_catalog
 from trainer.loader import to_device
+from trainer.model import ColaRec
 
 # Best first: item_idx int64 (B, k), 0 where there are no more, and scores float32 (B, k), -inf there.
 Ranked = tuple[torch.Tensor, torch.Tensor]
+
+
+class Candidates(NamedTuple):
+    """What both halves of the hybrid found, and both scores of all of it; an item may be there twice."""
+
+    generated: Ranked
+    near: Ranked
+    item_BN: torch.Tensor
+    log_p_BN: torch.Tensor
+    near_BN: torch.Tensor
+
+    def best(self, weight: float, k: int) -> Ranked:
+        """The k best by log p(GID | X_u) + weight * h(X_u) . h(X_i)."""
+        return dense.hybrid(self.item_BN, self.log_p_BN, self.near_BN, weight, k)
+
+
+def with_chosen_weight(config: Config, model: Artifact) -> Config:
+    """The config with the weight of the hybrid that the model's validation chose, unless it has one of its own."""
+    if config.eval.hybrid >= 0:
+        return config
+    chosen = model.counts["best"].get("hybrid", 0.0)  # none where nothing but GIDs was learned
+    return config_module.replace(config, {"eval.hybrid": chosen})
+
+
+def load(
+    config: Config, inputs: dict[str, Artifact], device: torch.device, only: np.ndarray | None = None
+) -> "Recommender":
+    """A trained model's. inputs: corpus, gid and model."""
+    catalog = read_catalog(inputs["corpus"], inputs["gid"])
+    model = load_model(inputs["model"]).to(device)
+    return Recommender(with_chosen_weight(config, inputs["model"]), catalog, model, device, only)
 
 
 class Recommender:
@@ -34,7 +71,7 @@ class Recommender:
     Within a process group all ranks make it together, for each computes its share of the items' vectors.
 
     Args:
-        inputs: corpus, gid and model.
+        model: on `device`, in eval mode.
         only: item_idx of the candidates; by default all items. The tree and the dense search hold no others, so every
             beam stays on the way to a candidate.
 
@@ -43,12 +80,15 @@ class Recommender:
     """
 
     def __init__(
-        self, config: Config, inputs: dict[str, Artifact], device: torch.device, only: np.ndarray | None = None
+        self,
+        config: Config,
+        catalog: Catalog,
+        model: ColaRec,
+        device: torch.device,
+        only: np.ndarray | None = None,
     ):
-        self.config, self.device = config, device
-        self.catalog = read_catalog(inputs["corpus"], inputs["gid"])
-        items_C = _candidates(self.catalog.num_items, only)
-        self.model = load_model(inputs["model"]).to(device)
+        self.config, self.catalog, self.model, self.device = config, catalog, model, device
+        items_C = _candidates(catalog.num_items, only)
         self._ranks_by = config.eval.ranks_by
         self._exhaustive = config.eval.exhaustive or config.eval.beams >= len(items_C)
         self._may_be_scored = torch.zeros(self.catalog.num_items + 1, dtype=torch.bool, device=device)
@@ -61,12 +101,13 @@ class Recommender:
             self._index = dense.Index(vectors_CD, items_C, self.catalog.num_items)
 
     @torch.no_grad()
-    def recommend(self, batch: dict, k: int) -> dict[str, torch.Tensor]:
+    def recommend(self, batch: dict, k: int, states_BLD: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The k best candidates of each user.
 
         Args:
             batch: user, X_u of B users (`trainer.inputs.user_inputs`); and, where there are any, seen_row and seen_item
                 int64 (S,), a row of user and an item_idx each, which must not be returned.
+            states_BLD: what the encoder makes of them, where that is known.
 
         Returns:
             item_idx int32 (B, k), best first, equal scores by item_idx, 0 where there are no more; score float32
@@ -74,7 +115,7 @@ class Recommender:
             (B, k).
         """
         user, *seen = self._on_device(batch)
-        states_BLD = self.model.encode(user)
+        states_BLD = self.model.encode(user) if states_BLD is None else states_BLD
         if self._ranks_by == "generative":
             return _found(self._generate(states_BLD, user, seen, k))
         user_BD = dense.user_vectors(self.model, states_BLD, user)
@@ -84,13 +125,9 @@ class Recommender:
             near = self._index.search(user_BD, k, *seen)
             generated, best = self._rank_all(states_BLD, user, user_BD, seen, k)
         else:
-            width = max(k, self.config.eval.beams)
-            near = self._index.search(user_BD, width, *seen)
-            generated = self._generate(states_BLD, user, seen, width)
-            item_BN = torch.cat([generated[0], near[0]], 1)
-            log_p_BN = torch.cat([generated[1], self._log_p(states_BLD, user, near[0])], 1)
-            near_BN = self._index.scores(user_BD, item_BN)
-            best = dense.hybrid(item_BN, log_p_BN, near_BN, self.config.eval.hybrid, k)
+            found = self._candidates(states_BLD, user, user_BD, seen, k)
+            generated, near = found.generated, found.near
+            best = found.best(self.config.eval.hybrid, k)
         return _found(best) | {"generative": generated[0][:, :k].int(), "dense": near[0][:, :k].int()}
 
     @torch.no_grad()
@@ -111,6 +148,22 @@ class Recommender:
             weight = 1.0 if self._ranks_by == "dense" else self.config.eval.hybrid
             score_BN += weight * self._index.scores(dense.user_vectors(self.model, states_BLD, user), item_BN)
         return score_BN.masked_fill(item_BN == 0, -torch.inf)
+
+    @torch.no_grad()
+    def candidates(self, batch: dict, k: int, states_BLD: torch.Tensor) -> Candidates:
+        """What the hybrid ranks, for whoever tries several weights. states_BLD: what the encoder makes of the batch."""
+        user, *seen = self._on_device(batch)
+        return self._candidates(states_BLD, user, dense.user_vectors(self.model, states_BLD, user), seen, k)
+
+    def _candidates(
+        self, states_BLD: torch.Tensor, user: dict, user_BD: torch.Tensor, seen: list, k: int
+    ) -> Candidates:
+        width = max(k, self.config.eval.beams)
+        near = self._index.search(user_BD, width, *seen)
+        generated = self._generate(states_BLD, user, seen, width)
+        item_BN = torch.cat([generated[0], near[0]], 1)
+        log_p_BN = torch.cat([generated[1], self._log_p(states_BLD, user, near[0])], 1)
+        return Candidates(generated, near, item_BN, log_p_BN, self._index.scores(user_BD, item_BN))
 
     def _on_device(self, batch: dict) -> tuple:
         """user, seen_row and seen_item of a batch, None for those that it lacks."""

@@ -12,13 +12,13 @@ from bench.decode_peer import GeneratePeer, PrefixTree, generate
 from contract.artifacts import STAGES, open_artifact
 from contract.config import to_toml
 from eval import dense
-from eval.decode import Recommender
 from gid.tree import GidTree
 from tests import tiny
 from tests.trainer import runs
 from trainer import distributed, loader
 from trainer.beam import beam_search
 from trainer.main import main as train
+from trainer.recommender import load
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -42,9 +42,7 @@ def recommender(trained):
     config, inputs = trained
 
     def make(only=None, **settings):
-        return Recommender(
-            dataclasses.replace(config, eval=dataclasses.replace(config.eval, **settings)), inputs, CPU, only
-        )
+        return load(dataclasses.replace(config, eval=dataclasses.replace(config.eval, **settings)), inputs, CPU, only)
 
     return make
 
@@ -169,7 +167,7 @@ def test_generate_of_transformers_finds_the_same_beams(trained, recommender, bea
 @pytest.mark.gpu
 def test_a_gpu_gives_the_lists_of_the_cpu(trained, recommender):
     made = recommender(beams=8)
-    moved = Recommender(made.config, trained[1], torch.device("cuda"))
+    moved = load(made.config, trained[1], torch.device("cuda"))
     for batch in batches(made, trained[1], 60):
         expected, found = made.recommend(batch, 8), moved.recommend(batch, 8)
         for name in ("item_idx", "generative", "dense"):
@@ -194,9 +192,7 @@ def write_vectors(work: Path) -> None:
     config = tiny.tiny_config(work)
     inputs = {need: open_artifact(config, need) for need in STAGES["eval"].needs}
     with distributed.process_group(timeout=120) as (rank, _, device):
-        made = Recommender(
-            dataclasses.replace(config, eval=dataclasses.replace(config.eval, hybrid=1.0)), inputs, device
-        )
+        made = load(dataclasses.replace(config, eval=dataclasses.replace(config.eval, hybrid=1.0)), inputs, device)
         np.save(work / f"vectors-{rank}.npy", made._index.vectors_CD.numpy())
 
 

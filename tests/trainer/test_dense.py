@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import dense
 from tests import tiny
-from trainer import loader
+from trainer import dense, loader
 from trainer.inputs import item_inputs
 
 INF = float("inf")

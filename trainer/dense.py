@@ -37,14 +37,14 @@ def item_vectors(
     own = torch.zeros(per_rank, config.model.d_model, device=device)
     for begin in range(0, per_rank, ITEMS_AT_ONCE):
         block = items[rank * per_rank + begin :][:ITEMS_AT_ONCE]
-        if not len(block):
-            break
+        size, block = len(block), block if len(block) else items[:1]  # look-ups in row-wise tables take all ranks
         if model.config.loss_weights["softmax"]:
             arrays = {"item": block} | content_bags(config, catalog, block)
-            own[begin : begin + len(block)] = model.item_vectors(to_device(to_tensors(arrays), device))
+            vectors = model.item_vectors(to_device(to_tensors(arrays), device))
         else:
             inputs = to_device(to_tensors(item_inputs(config, catalog, block, key=config.seed)), device)
-            own[begin : begin + len(block)] = model.summary(model.encode(inputs), inputs).float() * model.scale
+            vectors = model.summary(model.encode(inputs), inputs).float() * model.scale
+        own[begin : begin + size] = vectors[:size]
     if world_size == 1:
         return own[: len(items)]
     vectors = own.new_empty(world_size * per_rank, own.shape[1])
