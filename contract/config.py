@@ -157,6 +157,11 @@ class Gid:
     headroom: float = _opt(
         0.75, "inner clusters are filled to at most this share of K^(l-t) when that is feasible", low=0.01, high=1
     )
+    align: bool = _opt(
+        True,
+        "the codes below the first level mean the same under every prefix, as far as the data do; false: children are "
+        "numbered as k-means finds them (the paper)",
+    )
     rebuild_share: float = _opt(
         0.1, "--extend says that a rebuild is due when more of the added items than this were displaced", low=0, high=1
     )
@@ -188,7 +193,7 @@ class History:
     train_items: int = _opt(20, "history items at training, at most", low=1)
     eval_items: int = _opt(20, "history items at evaluation, at most", low=1)
     max_tokens: int = _opt(256, "encoder positions, at most (encoding 'tokens')", low=1)
-    user_slots: int = _opt(2, "users sampled into X_i, the encoder input of an item; 0: none", low=0)
+    user_slots: int = _opt(0, "users sampled into X_i, the encoder input of an item; 0: none", low=0)
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ class Model:
     num_heads: int = _opt(4, "attention heads", low=1)
     num_encoder_layers: int = _opt(2, "encoder layers", low=1)
     num_decoder_layers: int = _opt(2, "decoder layers", low=1)
-    dropout: float = _opt(0.1, "dropout rate", low=0, high=0.99)
+    dropout: float = _opt(0.3, "dropout rate", low=0, high=0.99)
     tie_codebooks: bool = _opt(True, "heads are the levels' input codebooks (the paper's equation) or apart (its code)")
     item_init: str = _opt(
         "cf",
@@ -228,8 +233,8 @@ class Model:
 class Loss:
     """Weights of the losses; 0 switches one off and saves its forward passes."""
 
-    rec: float = _opt(1.0, "cross-entropy of the target's GID given the user", low=0)
-    index: float = _opt(0.3, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
+    rec: float = _opt(0.5, "cross-entropy of the target's GID given the user", low=0)
+    index: float = _opt(0.1, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
     bpr: float = _opt(0.0, "the user ranks the positive above the negative item (the paper's ranking loss)", low=0)
     softmax: float = _opt(
         1.0,
@@ -237,14 +242,14 @@ class Loss:
         "corrected for how often they are drawn",
         low=0,
     )
-    contrastive: float = _opt(0.1, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
+    contrastive: float = _opt(0.0, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
 
 
 @dataclass(frozen=True)
 class Train:
     """DeepSpeed training."""
 
-    epochs: int = _opt(10, "passes over the training targets", low=1)
+    epochs: int = _opt(30, "passes over the training targets; with causal attention, over the users", low=1)
     max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
     global_batch: int = _opt(128, "targets per optimizer step, over all ranks; with causal attention, histories", low=1)
     negatives: int = _opt(1024, "items drawn at random for the softmax of a step, over all ranks", low=0)
@@ -259,7 +264,7 @@ class Train:
         "encoder passes over a forward pass's users, and over its items, by length: more pad less; 8 for 'tokens'",
         low=1,
     )
-    lr: float = _opt(3e-3, "peak AdamW learning rate", low=1e-9)
+    lr: float = _opt(2e-3, "peak AdamW learning rate", low=1e-9)
     weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)
     schedule: str = _opt(
         "linear",
