@@ -5,7 +5,7 @@
 
 Reads <work>/corpus and <work>/gid. Every row is a process of its own, one after the other, on one device. `--peer` is
 the official training loop (bench/train_peer.py), in float32 as that trains, beside the shapes that train what it does:
-a sample is a history and its one target, attention goes both ways, the losses and user slots are the paper's. The shape
+a sample is a set of items and its one target, attention goes both ways, losses and user slots are the paper's. The shape
 'default' is the config as it is, where a sample is a whole history with a target after every item, so that it has no
 peer; targets/s compares it with the others.
 
@@ -38,6 +38,7 @@ from contract.tracking import Run
 RESULTS = Path(__file__).parent / "results"
 PAPER = {
     "history.attention": "full",
+    "history.order": "set",
     "history.user_slots": "2",
     "model.dropout": "0.1",
     "loss.rec": "0.08",
