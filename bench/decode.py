@@ -47,6 +47,12 @@ GROWTH = {
         {"items": 10_000_000, "l": 3, "K": 256},
     ],
 }
+TITLES = {
+    "beams": "the beam grows",
+    "l": "GIDs grow longer",
+    "K": "the codes of a level grow in number",
+    "items": "the catalog grows",
+}
 KEY = ("device", "growth", "who", "users", *BASE)
 
 
@@ -145,8 +151,7 @@ def markdown(rows: list[dict]) -> str:
                 tree = [f"{row['tree_bytes'] / 1e6:,.1f}", f"{row['tree_seconds']:.2f}"]
                 cells.append([row["device"], *sizes, milliseconds(row), *tree, f"{row['load']:.0f}"])
         head = ["device", "shape", "users", "beams", "l", "K", "items", "ms/user", "tree MB", "tree s", "load"]
-        text += f"\nAs {'the catalog' if what == 'items' else what} grow{'s' if what == 'items' else ''}:\n\n"
-        text += table(head, cells)
+        text += f"\nAs {TITLES[what]}:\n\n" + table(head, cells)
     return text
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What needs a GPU, in one command: CUDA correctness, the speed of training and of GIDs, then training and evaluation of
-# the work folders given.
+# What needs a GPU, in one command: CUDA correctness, the speed of training, of GIDs and of decoding, then training and
+# evaluation of the work folders given.
 #
 #   bench/gpu.sh OUT WORK...      e.g. bench/gpu.sh runs/gpu runs/phone runs/beauty
 #
@@ -19,16 +19,19 @@ if nvidia-smi -L 2>/dev/null | tee "$out/device.txt" | grep -q ^GPU; then
   python -m pytest -m gpu | tee "$out/tests.txt"
   speed=(--shapes small,official,base --stages 1,3 --precisions bf16 --peer --steps 20)
   trees=1000000,10000000
+  decode=(--device cuda --shapes pooled,tokens,official --users 16)
 else
   echo "no GPU: CPU ($(nproc) cores)" | tee "$out/device.txt"
   export DS_ACCELERATOR=cpu
   speed=(--shapes tiny --precisions fp32 --peer --steps 2)
   trees=20000
+  decode=(--shapes pooled --growth beams --users 4 --repeats 1)
 fi
 
 python -m bench.train --config "configs/$(basename "$1").toml" --work "$1" "${speed[@]}" | tee "$out/train.log"
 python -m bench.gid --tree-sizes "$trees" | tee "$out/gid.log"
-cp bench/results/{train,gid}.{json,md} "$out"
+python -m bench.decode "${decode[@]}" | tee "$out/decode.log"
+cp bench/results/{train,gid,decode}.{json,md} "$out"
 
 for work in "$@"; do
   name=$(basename "$work")

@@ -14,8 +14,8 @@ class GidTree:
     """The tree as tables. Nodes of a level are numbered from 0 in the lexicographic order of their prefixes.
 
     So the children of a node are neighbours on the next level, and a table of a level is two arrays: where the
-    children of each node begin, and by which code each child is reached. That is 10 bytes an item, however few of its K
-    codes a node uses, and 8 for each node above the items.
+    children of each node begin, and by which code each child is reached. That is 10 bytes an item or node, however
+    few of its K codes a node uses.
 
     Args:
         gids: int (I + 1, l), row item_idx; row 0 is padding and no part of the tree.
