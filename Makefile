@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run phone beauty mlflow test lint clean
+.PHONY: help setup demo run phone beauty mlflow test slurm lint clean
 
 BIN := .venv/bin
 
@@ -51,9 +51,13 @@ mlflow: setup  ## MLflow on the runs of this machine
 test: setup  ## the tests that need no GPU and no SLURM, in some seven minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(ARGS)
 
+slurm: setup  ## the tests on a SLURM cluster, see docs/cluster.md
+	$(BIN)/python -m pytest -m slurm tests/cluster $(ARGS)
+
 lint: setup  ## the linter and the formatter's check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@if command -v shellcheck >/dev/null; then shellcheck -x cluster/*.sh cluster/*.sbatch; fi
 
 clean:  ## remove the demo's data and run, and caches; other runs and .venv stay
 	rm -rf data/demo runs/demo spark-warehouse metastore_db .pytest_cache .ruff_cache

@@ -10,7 +10,8 @@ mkdir -p "$SPARK_LOCAL_DIRS" "$SPARK_LOGS"
 
 # Half of the memory is for Python workers, which no heap holds. Driver and worker of the first node share the rest, and
 # all workers are alike.
-memory_mb=${SLURM_MEM_PER_NODE:-$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo)}
+memory_mb=${SLURM_MEM_PER_NODE:-$((${SLURM_MEM_PER_CPU:-0} * CPUS))}
+[ "$memory_mb" -gt 0 ] || memory_mb=$(awk '/^MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
 driver_mb=$((memory_mb / 8 < 16384 ? memory_mb / 8 : 16384))
 worker_mb=$((memory_mb / 2 - driver_mb))
 executor_cores=$((CPUS < 16 ? CPUS : 16))

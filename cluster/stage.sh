@@ -82,17 +82,40 @@ check_nodes() {
     "'exclude' in the profile"
 }
 
+# Prints the first node of the job that is gone, if one is. SLURM itself may take minutes to notice.
+lost_node() {
+  local node
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    if ! timeout 60 srun --overlap --mem=0 --nodelist="$node" --nodes=1 --ntasks=1 true &>/dev/null; then
+      echo "$node"
+      return
+    fi
+  done
+  return 1
+}
+
+# requeue WHY: has the job queued again, unless SLURM has done so.
+requeue() {
+  [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ] || die "$1, but it was queued again $MAX_REQUEUES times before"
+  say "$1: goes back into the queue as job $SLURM_JOB_ID"
+  if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+    scontrol requeue "$SLURM_JOB_ID" || die "cannot be queued again"
+  fi
+  sleep 300 # until SLURM ends this
+}
+
 # finish STATUS: ends the job as the stage ended, or has it queued again.
 finish() {
+  local node
   case $1 in
     0) exit 0 ;;
-    75 | 138) ;; # saved and to be queued again; or not yet in training, and ended by SIGUSR1
-    *) die "exit status $1" ;;
+    75) requeue "saved a checkpoint" ;;
+    138) requeue "SIGUSR1 came before training began" ;;
+    *)
+      if node=$(lost_node); then requeue "node $node is lost"; fi
+      die "exit status $1"
+      ;;
   esac
-  [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ] || die "was queued again $MAX_REQUEUES times (max_requeues)"
-  say "goes back into the queue as job $SLURM_JOB_ID, and on from its last checkpoint"
-  scontrol requeue "$SLURM_JOB_ID" || die "cannot be queued again"
-  sleep 300 # until SLURM ends this
 }
 
 # run_ranks PROGRAM: runs a program of the repository as the ranks of the job.

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 PATIENCE_SECONDS = 900  # a stage takes some 20; a machine may be busy
-# Jobs that are not these are at their end.
-UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "RESIZING", "SUSPENDED")
+UNFINISHED = ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED")
 
 
 class Slurm:
@@ -36,11 +35,21 @@ class Slurm:
 
     def ended(self, *jobs: str) -> list[str]:
         """Waits for the end of the jobs; returns their last states."""
-        wait_for(
-            f"the end of {jobs}",
-            lambda: all(states and states[-1] not in UNFINISHED for states in map(self.states, jobs)),
-        )
+
+        def all_ended() -> bool:
+            # A job that goes back into the queue is in no state of accounting for a moment.
+            at_work = self.call("squeue", "--me", "--noheader", "--format=%i").split()
+            ended = (states and states[-1] not in UNFINISHED for states in map(self.states, jobs))
+            return not set(jobs) & set(at_work) and all(ended)
+
+        wait_for(f"the end of {jobs}", all_ended)
         return [self.states(job)[-1] for job in jobs]
+
+    def cancel_jobs_of(self, folder: Path) -> None:
+        """Of the work folders below it."""
+        jobs = [line.split("|") for line in self.call("squeue", "--me", "--noheader", "--format=%i|%k").splitlines()]
+        if mine := [number for number, comment in jobs if str(folder) in comment]:
+            self.call("scancel", *mine)
 
     def has_partitions(self, *names: str) -> bool:
         return set(names) <= set(self.call("sinfo", "--noheader", "--format=%R").split())
