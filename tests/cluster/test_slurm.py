@@ -132,7 +132,7 @@ def test_a_preempted_training_goes_on_and_the_chain_with_it(slurm, trained, tmp_
         pytest.skip("needs a partition 'preempt' whose jobs one in the partition 'urgent' puts back into the queue")
     jobs = submit(trained, write_profile(tmp_path, partition="preempt"))
     assert tuple(jobs) == ("train", "eval")
-    wait_for("the training", lambda: "step 20/" in log(tmp_path / "work", "train", jobs["train"]))
+    wait_for("the training", lambda: "step 30/" in log(tmp_path / "work", "train", jobs["train"]))
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
     slurm.call(*urgent, "--wrap=true")
     assert slurm.ended(*jobs.values()) == ["COMPLETED", "COMPLETED"], log(tmp_path / "work", "train", jobs["train"])
@@ -147,7 +147,7 @@ def test_training_goes_on_with_the_nodes_that_are_left_when_one_dies(slurm, trai
     if not slurm.script:
         pytest.skip("nobody kills a node of a cluster that is not the tests' own: set COLAREC_LOCAL_SLURM")
     jobs = submit(trained, write_profile(tmp_path), "--train.max_steps=300")
-    wait_for("the training", lambda: "step 20/" in log(tmp_path / "work", "train", jobs["train"]))
+    wait_for("the training", lambda: "step 30/" in log(tmp_path / "work", "train", jobs["train"]))
     slurm.kill_node("n2")
     try:
         assert slurm.ended(jobs["train"]) == ["COMPLETED"], log(tmp_path / "work", "train", jobs["train"])
@@ -155,7 +155,7 @@ def test_training_goes_on_with_the_nodes_that_are_left_when_one_dies(slurm, trai
         slurm.start_node("n2")
     assert slurm.states(jobs["train"]) == ["NODE_FAIL", "COMPLETED"]
     said = log(tmp_path / "work", "train", jobs["train"])
-    assert re.search(r"on 2 x cpu.*step 20/.*on 1 x cpu.*goes on from step \d+.*step 300/300", said, re.DOTALL)
+    assert re.search(r"on 2 x cpu.*step 30/.*on 1 x cpu.*goes on from step \d+.*step 300/300", said, re.DOTALL)
     assert "rank 1 on n2 died without a word" in said
     assert "stage train failed" not in said
     assert mlflow_runs(tmp_path)["tiny/train"] == ["FINISHED"]
@@ -221,3 +221,14 @@ def test_a_signal_that_reaches_the_tasks_alone_saves_and_requeues(slurm, trained
     said = log(tmp_path / "work", "train", jobs["train"])
     assert "SIGUSR1: stopped at step" in said
     assert f"saved a checkpoint: goes back into the queue as job {jobs['train']}" in said
+
+
+def test_an_mlflow_server_answers_another_node(slurm, tmp_path):
+    first, second = sorted(set(slurm.call("sinfo", "--noheader", "--Node", "--format=%N").split()))[:2]
+    options = [f"--nodelist={first}", f"--comment={tmp_path}", f"--output={tmp_path}/mlflow.txt"]
+    slurm.call("sbatch", *options, "cluster/mlflow.sbatch", str(tmp_path / "mlflow"))
+    uri = tmp_path / "mlflow" / "uri"
+    wait_for("the address", uri.exists)
+    ask = "import sys, urllib.request; print(urllib.request.urlopen(sys.argv[1] + '/health').read().decode())"
+    words = ["srun", f"--nodelist={second}", sys.executable, "-c", ask, uri.read_text().strip()]
+    wait_for("the server", lambda: subprocess.run(words, capture_output=True, text=True).stdout.strip() == "OK")

@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from cluster import sites, submit
+from cluster import chain, sites, submit
 from contract import config as config_module
+from contract.artifacts import open_artifact, stage_output
 from tests import tiny
 
 
@@ -79,8 +80,8 @@ def test_all_that_cannot_fit_is_said_at_once(tmp_path, capsys):
 def test_training_works_on_the_numbers_of_nodes_that_divide_the_streams(tmp_path):
     config = config_module.load(str(tmp_path / "run.toml"), {"train.streams": "8"})
     profile = sites.load(write_profile(tmp_path, "[train]\nnodes = 4\nmin_nodes = 1\nranks = 2\ncpus = 2"))
-    assert submit.Link(config, profile, "train").node_counts() == [4, 2, 1]
-    assert submit.Link(config, sites.load(write_profile(tmp_path, "[eval]\nnodes = 3")), "eval").node_counts() == [3]
+    assert chain.Link(config, profile, "train").node_counts() == [4, 2, 1]
+    assert chain.Link(config, sites.load(write_profile(tmp_path, "[eval]\nnodes = 3")), "eval").node_counts() == [3]
 
 
 def test_a_stage_is_due_when_it_or_one_before_it_does_not_match(tmp_path, capsys):
@@ -97,8 +98,6 @@ def test_a_stage_is_due_when_it_or_one_before_it_does_not_match(tmp_path, capsys
 
 
 def test_a_model_that_was_trained_otherwise_is_trained_again(tmp_path):
-    from contract.artifacts import open_artifact, stage_output
-
     config = tiny.tiny_config(tmp_path / "work", train__lr="0.001", train__workers="1")
     tiny.write_corpus(config)
     tiny.write_gids(config)
@@ -118,7 +117,7 @@ def test_what_the_jobs_are_told_survives_the_shell(tmp_path):
     config = config_module.load(str(tmp_path / "run.toml"), {"work": str(tmp_path / "my work")})
 
     def told(text):
-        link = submit.Link(config, sites.load(write_profile(tmp_path, text)), "eval")
+        link = chain.Link(config, sites.load(write_profile(tmp_path, text)), "eval")
         (tmp_path / "eval.sh").write_text(link.settings())
         show = 'source "$1"; printf "%s\\n" "$LOGS" "$NAME" "${MODULES[@]}" -- "${SRUN[@]}" -- "${EXEC[@]}"'
         words = ["bash", "-euc", show, "bash", str(tmp_path / "eval.sh")]
@@ -137,11 +136,11 @@ def test_what_the_jobs_are_told_survives_the_shell(tmp_path):
     ("limit", "expected"), [("infinite", 0), ("30:00", 30), ("1:30:00", 90), ("7-00:00:00", 10080), ("n/a", 0)]
 )
 def test_time_limits_as_sinfo_prints_them(limit, expected):
-    assert submit.minutes(limit) == expected
+    assert chain.minutes(limit) == expected
 
 
 @pytest.mark.parametrize(
     ("gres", "expected"), [("(null)", 0), ("gpu:8", 8), ("gpu:h100:8(S:0-1)", 8), ("gpu:a:4,gpu:b:2,nvme:1", 6)]
 )
 def test_gpus_of_a_node_as_sinfo_prints_them(gres, expected):
-    assert submit.gpus(gres) == expected
+    assert chain.gpus(gres) == expected
