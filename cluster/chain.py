@@ -62,6 +62,8 @@ class Link:
             found.append("it is one process: nodes = 1, and ranks or gpus of 1 at most")
         if self.stage == "train" and (misfit := self._ranks_misfit(job.nodes)):
             found.append(misfit)
+        if self.stage == "train" and 0 < job.hours * 3600 <= self.profile.signal_seconds:
+            found.append(f"hours = {job.hours:g} leave nothing before signal_seconds = {self.profile.signal_seconds}")
         if self.stage == "train" and train.global_batch % train.streams:
             found.append(f"train.global_batch = {train.global_batch} is no multiple of train.streams = {train.streams}")
         return [f"{self.stage}: {problem}" for problem in found]

@@ -94,25 +94,28 @@ lost_node() {
   return 1
 }
 
-# requeue WHY: has the job queued again, unless SLURM has done so.
+# requeue WHY: has the job queued again.
 requeue() {
   [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_REQUEUES" ] || die "$1, but it was queued again $MAX_REQUEUES times before"
   say "$1: goes back into the queue as job $SLURM_JOB_ID"
-  if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID" || die "cannot be queued again"
-  fi
+  scontrol requeue "$SLURM_JOB_ID" || die "cannot be queued again"
   sleep 300 # until SLURM ends this
 }
 
 # finish STATUS: ends the job as the stage ended, or has it queued again.
 finish() {
   local node
+  [ "$1" != 0 ] || exit 0
+  if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+    # A node that failed, a preemption, a time limit, scancel.
+    say "SLURM has ended this start of job $SLURM_JOB_ID; sacct says why, and whether it starts again"
+    exit "$1"
+  fi
   case $1 in
-    0) exit 0 ;;
     75) requeue "saved a checkpoint" ;;
     138) requeue "SIGUSR1 came before training began" ;;
     *)
-      if node=$(lost_node); then requeue "node $node is lost"; fi
+      if node=$(lost_node); then requeue "node $node does not answer"; fi
       die "exit status $1"
       ;;
   esac

@@ -64,7 +64,8 @@ def test_all_that_cannot_fit_is_said_at_once(tmp_path, capsys):
         dry_run(
             tmp_path,
             capsys,
-            "[etl]\nnodes = 2\nmin_nodes = 3\n[gid]\nranks = 2\ncpus = 2\n[train]\nnodes = 3\ngpus = 2\ncpus = 1",
+            "[etl]\nnodes = 2\nmin_nodes = 3\n[gid]\nranks = 2\ncpus = 2\n"
+            "[train]\nnodes = 3\ngpus = 2\ncpus = 1\nhours = 0.05",
             "--train.global_batch=100",
         )
     for message in (
@@ -72,6 +73,7 @@ def test_all_that_cannot_fit_is_said_at_once(tmp_path, capsys):
         "gid: it is one process",
         "train: 2 ranks a node need as many CPUs, and have cpus = 1",
         "train: 3 x 2 ranks do not divide train.streams = 8",
+        "train: hours = 0.05 leave nothing before signal_seconds = 300",
         "train: train.global_batch = 100 is no multiple of train.streams = 8",
     ):
         assert message in str(error.value)
