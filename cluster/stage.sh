@@ -45,7 +45,7 @@ step() {
 
 # Sets FIT to the nodes to work on, separated by commas, and MASTER_ADDR to the first. Names those that are unfit.
 check_nodes() {
-  local node count answer all fit=()
+  local node count answer silent='' all fit=()
   mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on ${all[*]}"
   export MASTER_ADDR=${all[0]}
@@ -65,8 +65,11 @@ check_nodes() {
     answer=$(tail -n 1 "$folder/answer-$node")
     if [ "$answer" = fit ]; then
       fit+=("$node")
+    elif [ "$answer" ]; then
+      say "node $node is unfit: $answer"
     else
-      say "node $node is unfit: ${answer:-no answer: $(tail -n 1 "$folder/errors-$node")}"
+      say "node $node does not answer: $(tail -n 1 "$folder/errors-$node")"
+      silent=$node
     fi
   done
   rm -rf "$folder"
@@ -78,6 +81,7 @@ check_nodes() {
       return
     fi
   done
+  [ -z "$silent" ] || requeue "the stage needs ${NODES[-1]} nodes or more, and $silent does not answer"
   die "${#fit[@]} of ${#all[@]} nodes are fit, the stage needs ${NODES[-1]} or more; leave out unfit ones with" \
     "'exclude' in the profile"
 }
