@@ -22,6 +22,14 @@ from contract.config import Config
 MANIFEST = "manifest.json"
 # A log or a shard that was moved is the same one.
 SHAPE_NOTHING = ("data.path", "data.shards_url", "gid.rebuild_share")
+# What may differ between a training that was interrupted and the one that goes on with it.
+FREE_IN_TRAINING = {
+    f"train.{name}"
+    for name in (
+        *("workers", "log_every", "save_every", "keep_last", "resume", "timeout"),
+        *("zero_stage", "micro_tokens", "length_groups", "eval_every", "patience", "non_finite", "max_skipped"),
+    )
+}
 # Larger files are checked by size alone: a month of logs is not read twice to be sure of it.
 MAX_BYTES_HASHED_ON_OPEN = 64 << 20
 
