@@ -36,8 +36,6 @@ OVERRIDES = {
     "loss.bpr": "0.3",
     "loss.contrastive": "0.1",
     "loss.softmax": "0.5",
-    "loss.contrastive": "0.1",
-    "train.lr": "3e-3",
     "train.negatives": "32",
     "history.attention": "full",
     "history.train_items": "5",
