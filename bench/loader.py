@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m bench.loader --config configs/phone.toml configs/beauty.toml
 
 Reads <work>/corpus and <work>/gid of each config (--runs: the folder of the work folders, if not as configured). The
-batches are those of one rank that has the whole global batch, as torch's DataLoader hands them out, on the CPU and
-not pinned. 'causal' is the defaults, where a sample is a history with a target after every item; in the others it is a
-set of items and its one target, with the items that the losses of the paper take, and two users for each of these: 'pooled'
+batches are those of one rank that has the whole global batch, as torch's DataLoader hands them out, on the CPU and not
+pinned. 'causal' is the defaults, where a sample is a history with a target after every item; in the others it is a set
+of items and its one target, with the items that the losses of the paper take, and two users for each of these: 'pooled'
 has a position for each of 20 items, 'tokens' is the shape of the paper: 10 history items, 256 positions at most, 8
 length groups.
 

@@ -5,9 +5,9 @@
 
 Reads <work>/corpus and <work>/gid. Every row is a process of its own, one after the other, on one device. `--peer` is
 the official training loop (bench/train_peer.py), in float32 as that trains, beside the shapes that train what it does:
-a sample is a set of items and its one target, attention goes both ways, losses and user slots are the paper's. The shape
-'default' is the config as it is, where a sample is a whole history with a target after every item, so that it has no
-peer; targets/s compares it with the others.
+a sample is a set of items and its one target, attention goes both ways, losses and user slots are the paper's. The
+shape 'default' is the config as it is, where a sample is a whole history with a target after every item, so that it has
+no peer; targets/s compares it with the others.
 
 Seconds are wall time; on a CPU that others use as well, look at what is per CPU second, and at the load average beside
 it. Tokens are encoder positions without padding. MFU is of the peak that trainer/flops.py lists; on a CPU, whose peak
