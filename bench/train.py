@@ -40,7 +40,6 @@ PAPER = {
     "history.attention": "full",
     "history.order": "set",
     "history.user_slots": "2",
-    "model.dropout": "0.1",
     "loss.rec": "0.08",
     "loss.index": "0.08",
     "loss.bpr": "1",
