@@ -283,7 +283,7 @@ def train_bytes(config: Config, scale: cost.Scale, ranks: int, bf16: bool) -> di
         "tree": 8 * (config.gid.branching**levels + scale.items),  # at most, GidTree
         "vectors": cost.item_vector_bytes(config, scale),  # while it validates
         # The catalog; and how likely each item is to be drawn at random.
-        "host": (8 * (levels + 2) + 4 + (16 if config.loss.softmax else 0)) * scale.items + from_cf,
+        "host": (8 * (levels + 2) + 4 + (8 if config.loss.softmax else 0)) * scale.items + from_cf,
         "export": 4 * sum(cost.table_rows(config, scale).values()) * config.model.d_model,
         "gradients": (2 if bf16 else 4) * dense,
     }
