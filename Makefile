@@ -1,7 +1,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run phone beauty ablate mlflow test lint clean
+.PHONY: help setup demo run phone beauty ablate serve mlflow test slurm lint clean
 
 BIN := .venv/bin
 
@@ -48,6 +48,10 @@ ablate: setup  ## the paper's ablations: make ablate CONFIG=configs/demo.toml AR
 	@[ "$(CONFIG)" ] || { echo "error: say which experiment: make ablate CONFIG=configs/demo.toml" >&2; exit 2; }
 	$(BIN)/python eval/ablate.py --config $(CONFIG) --launcher "$(DEEPSPEED)" $(ARGS)
 
+serve: setup  ## log, register and serve a trained model over HTTP: make serve CONFIG=configs/demo.toml
+	@[ "$(CONFIG)" ] || { echo "error: say which experiment: make serve CONFIG=configs/demo.toml" >&2; exit 2; }
+	$(BIN)/python eval/serving.py --config $(CONFIG) --port 5001 $(ARGS)
+
 mlflow: setup  ## MLflow on the runs of this machine
 	@echo "open $(MLFLOW_PAGE)"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --workers 1
@@ -55,9 +59,13 @@ mlflow: setup  ## MLflow on the runs of this machine
 test: setup  ## the tests that need no GPU and no SLURM, in some seven minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(ARGS)
 
+slurm: setup  ## the tests on a SLURM cluster, see docs/cluster.md
+	$(BIN)/python -m pytest -m slurm tests/cluster $(ARGS)
+
 lint: setup  ## the linter and the formatter's check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@if command -v shellcheck >/dev/null; then shellcheck -x cluster/*.sh cluster/*.sbatch; fi
 
 clean:  ## remove the demo's data and run, and caches; other runs and .venv stay
 	rm -rf data/demo runs/demo spark-warehouse metastore_db .pytest_cache .ruff_cache

@@ -22,6 +22,14 @@ from contract.config import Config
 MANIFEST = "manifest.json"
 # A log or a shard that was moved is the same one.
 SHAPE_NOTHING = ("data.path", "data.shards_url", "gid.rebuild_share")
+# What may differ between a training that was interrupted and the one that goes on with it.
+FREE_IN_TRAINING = {
+    f"train.{name}"
+    for name in (
+        *("workers", "log_every", "save_every", "keep_last", "resume", "timeout"),
+        *("zero_stage", "micro_tokens", "length_groups", "eval_every", "patience", "non_finite", "max_skipped"),
+    )
+}
 # Larger files are checked by size alone: a month of logs is not read twice to be sure of it.
 MAX_BYTES_HASHED_ON_OPEN = 64 << 20
 
@@ -183,23 +191,36 @@ def stage_output(config: Config, name: str) -> Iterator[Output]:
                 shutil.rmtree(output.path, ignore_errors=True)
 
 
+def lock(config: Config, name: str) -> contextlib.AbstractContextManager[None]:
+    """Holds <work>/.<name>.lock, see `exclusively`."""
+    return exclusively(config.work_dir / name, "--work")
+
+
 @contextlib.contextmanager
-def lock(config: Config, name: str) -> Iterator[None]:
-    """Holds <work>/.<name>.lock; the operating system releases it when the process dies."""
-    file = config.work_dir / f".{name}.lock"
+def exclusively(output: Path, option: str) -> Iterator[None]:
+    """Holds a lock beside an output that is to be written; the operating system releases it when the process dies.
+
+    Args:
+        option: of the command line, that says where the output is to be.
+
+    Raises:
+        BlockingIOError: another process writes this output.
+        ValueError: its folder cannot be written.
+    """
+    file = output.with_name(f".{output.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = file.open("a+")
     except OSError as error:
-        raise ValueError(f"the work folder {config.work_dir} cannot be written: {error}; choose --work=...") from None
+        raise ValueError(f"the folder {file.parent} cannot be written: {error}; choose {option}=...") from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
             raise BlockingIOError(
-                f"another run is writing {config.work_dir / name} ({handle.read().strip()}); "
-                "wait for it, or choose another folder with --work=..."
+                f"another run is writing {output} ({handle.read().strip()}); "
+                f"wait for it, or write elsewhere with {option}=..."
             ) from None
         handle.truncate(0)
         handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%H:%M:%S')}")

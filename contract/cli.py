@@ -27,18 +27,36 @@ class Preempted(KeyboardInterrupt):
 
 def parse(argv: list[str], doc: str) -> tuple[Config, bool]:
     """Returns (config, dry_run). `doc`, the entry's docstring, heads its --help."""
+    config, given = parse_more(argv, doc, "", lambda parser: None)
+    return config, given.dry_run
+
+
+def parse_more(
+    argv: list[str], doc: str, usage: str, add_arguments: Callable[[argparse.ArgumentParser], None]
+) -> tuple[Config, argparse.Namespace]:
+    """`parse` for an entry with arguments of its own.
+
+    Args:
+        usage: of its arguments, for the first line of --help.
+        add_arguments: adds them to the parser.
+
+    Returns:
+        the config; dry_run and the entry's arguments.
+    """
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --config FILE [--dry-run] [--SECTION.SETTING=VALUE ...]",
+        usage=" ".join(filter(None, ["%(prog)s --config FILE [--dry-run]", usage, "[--SECTION.SETTING=VALUE ...]"])),
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="TOML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config, inputs and outputs; stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    add_arguments(parser)
+    settings = parser.add_argument_group("settings", "They override those of the config file.")
     for key, _, f in config_module.fields():
         choices = f" One of: {', '.join(map(str, f.metadata['choices']))}." if f.metadata["choices"] else ""
         text = f"{f.metadata['doc']}.{choices} Default: {config_module.toml_value(f.default)}"
-        parser.add_argument(f"--{key}", metavar="V", dest=f"set {key}", help=text.replace("%", "%%"))
+        settings.add_argument(f"--{key}", metavar="V", dest=f"set {key}", help=text.replace("%", "%%"))
     # argparse would take --train.l for --train.lr; only whole names are settings.
     parser.allow_abbrev = False
     known, unknown = parser.parse_known_args(argv)
@@ -48,16 +66,17 @@ def parse(argv: list[str], doc: str) -> tuple[Config, bool]:
             parser.error(f"unrecognized argument: {word}")
         key, _, value = word.removeprefix("--").partition("=")
         overrides[key] = value  # refused by load, which names the nearest setting
-    return config_module.load(known.config, overrides), known.dry_run
+    own = {name: value for name, value in vars(known).items() if not name.startswith("set ")}
+    return config_module.load(known.config, overrides), argparse.Namespace(**own)
 
 
-def show_plan(config: Config, reads: dict[str, Path | str], writes: Path) -> None:
+def show_plan(config: Config, reads: dict[str, Path | str], writes: Path | str) -> None:
     """What --dry-run prints: the resolved config, what would be read and whether it is there, what is written."""
     print(config_module.to_toml(config))
     for what, path in reads.items():
         state = "" if "*" in str(path) or Path(path).exists() else "   (missing)"
         print(f"reads  {what:<12} {path}{state}")
-    print(f"writes {'':<12} {writes}{'   (would be replaced)' if writes.exists() else ''}")
+    print(f"writes {'':<12} {writes}{'   (would be replaced)' if Path(writes).exists() else ''}")
 
 
 def run(main: Callable[[list[str]], None]) -> None:

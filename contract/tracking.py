@@ -19,6 +19,7 @@ from contract.outbox import QUEUE, Outbox
 # An unreachable server must be said within seconds, before the work begins; MLflow alone retries for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
@@ -40,6 +41,28 @@ class Run:
         if self._outbox:
             self._outbox.put_file(path, folder)
 
+    def served_model(self, name: str, registered: str, **what) -> str:
+        """Logs a model that MLflow can serve and registers it; this waits for the store. On rank 0 alone.
+
+        Args:
+            what: as `mlflow.pyfunc.log_model` takes it.
+
+        Returns:
+            its URI, models:/NAME/VERSION.
+
+        Raises:
+            ConnectionError: the store did not take it.
+        """
+        import mlflow
+
+        try:
+            with mlflow.start_run(self.run_id):
+                info = mlflow.pyfunc.log_model(name=name, registered_model_name=registered, **what)
+        except mlflow.MlflowException as error:
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"MLflow at {mlflow.get_tracking_uri()} did not take the model: {reason}") from error
+        return f"models:/{registered}/{info.registered_model_version}"
+
 
 @contextlib.contextmanager
 def track(config: Config, stage: str, run_id: str = "") -> Iterator[Run]:
@@ -54,7 +77,7 @@ def track(config: Config, stage: str, run_id: str = "") -> Iterator[Run]:
         yield Run()
         return
     run_id, goes_on = run_id or _start(config, stage), bool(run_id)
-    outbox = Outbox(config.work_dir / QUEUE / run_id, _absolute(config.tracking.uri), Progress("mlflow"))
+    outbox = Outbox(config.work_dir / QUEUE / run_id, absolute_uri(config.tracking.uri), Progress("mlflow"))
     outbox.start()
     run = Run(outbox, run_id)
     if goes_on:
@@ -151,7 +174,7 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
 
 
-def _absolute(uri: str) -> str:
+def absolute_uri(uri: str) -> str:
     """The store by a name that holds in any folder."""
     file = _sqlite_file(uri)
     return f"sqlite:///{file}" if file else uri

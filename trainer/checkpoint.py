@@ -27,19 +27,11 @@ import torch
 import torch.distributed as dist
 
 from contract import config as config_module
-from contract.artifacts import git_revision, sha256, write_atomically
+from contract.artifacts import FREE_IN_TRAINING, git_revision, sha256, write_atomically
 from contract.config import Config
 from trainer import engine_state
 
 RUN, STATE = "run.json", "state.json"
-# These may differ between the run that was interrupted and the one that goes on with it.
-_FREE = {
-    f"train.{name}"
-    for name in (
-        *("workers", "log_every", "save_every", "keep_last", "resume", "timeout"),
-        *("zero_stage", "micro_tokens", "length_groups", "eval_every", "patience", "non_finite", "max_skipped"),
-    )
-}
 Rows = dict[str, torch.Tensor]
 
 
@@ -50,7 +42,7 @@ class Checkpoints:
         self.path = config.work_dir / "checkpoints"
         self.best = self.path / "best.safetensors"
         self._settings = config_module.section(config, "seed", "history", "model", "loss", "train")
-        self._settings = {k: v for k, v in self._settings.items() if k not in _FREE}
+        self._settings = {k: v for k, v in self._settings.items() if k not in FREE_IN_TRAINING}
         self._settings |= {f"digest of {name}/": digest for name, digest in inputs.items()}
         self._resume, self._keep_last = config.train.resume, config.train.keep_last
 

@@ -408,22 +408,24 @@ def eval_batches(
         block = samples.read_shard(shards[number])
         if sample:
             block = samples.take_users(block, sample[number])
-        history = samples.eval_histories(
-            config, catalog, block, np.random.default_rng([config.seed, len(block.user_idx)])
-        )
-        order = np.argsort(inputs.user_lengths(config, catalog, history.item_idx), kind="stable")
-        for begin in range(0, len(order), batch):
-            last = _eval_batch(config, catalog, block, history, order[begin : begin + batch])
+        for last in user_batches(config, catalog, block, batch, len(block.user_idx)):
             yield last
             count += 1
     if last is None:  # more ranks than shards
-        block = samples.read_shard(shards[0])
-        history = samples.eval_histories(config, catalog, block, np.random.default_rng(0))
-        last = _eval_batch(config, catalog, block, history, np.arange(1))
+        block = samples.take_users(samples.read_shard(shards[0]), np.arange(1))
+        last = next(user_batches(config, catalog, block, batch, 0))
     filler = last | {"user_idx": torch.zeros_like(last["user_idx"])}
     filler |= {name: last[name][:0] for name in ("pair_row", "pair_item", "pair_gid")}
     for _ in range(count, num_eval_batches(corpus, split, batch, world_size, sample)):
         yield filler
+
+
+def user_batches(config: Config, catalog: Catalog, block: Block, batch: int, key: int) -> Iterator[dict]:
+    """All users of a block, batched by length, as `eval_batches` yields them. `key`: of the samples of order 'set'."""
+    history = samples.eval_histories(config, catalog, block, np.random.default_rng([config.seed, key]))
+    order = np.argsort(inputs.user_lengths(config, catalog, history.item_idx), kind="stable")
+    for begin in range(0, len(order), batch):
+        yield _eval_batch(config, catalog, block, history, order[begin : begin + batch])
 
 
 def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History, rows: np.ndarray) -> dict:

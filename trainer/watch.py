@@ -3,6 +3,7 @@
 A collective that waits for a dead rank waits for ever (NCCL) or fails with the address of a socket (gloo). So every
 rank keeps a TCP connection to rank 0, on which nothing is sent until a rank leaves: with "bye" in the end, or with the
 error that it fails with. A connection that closes without a word is a rank that was killed. Rank 0 tells the others.
+When the error is that a collective took too long, ranks that are not in one say where they are: they are the late ones.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import selectors
 import socket
 import sys
 import threading
+import traceback
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +25,8 @@ from contract.cli import EXIT_ERROR
 # What a failed collective waits for, to learn which rank it was; and what this process then has to end by itself.
 LEARN_SECONDS, GRACE_SECONDS = 5.0, 5.0
 _JOIN_SECONDS = 60.0
+_TIMED_OUT = "timed out"  # what gloo says of a collective, in its message
+_ROOT = Path(__file__).parents[1]
 
 
 class Watch:
@@ -47,7 +52,9 @@ class Watch:
 
     def __exit__(self, kind, error, trace) -> None:
         collective_failed = isinstance(error, RuntimeError) and bool(self._peers)
-        if collective_failed:
+        if collective_failed and _TIMED_OUT in str(error).lower():
+            self._cause = self._cause or f"{_name(self.rank)} waited for a rank that is late: {_line(error)}"
+        elif collective_failed:
             self._lost.wait(LEARN_SECONDS)
         self._left.set()
         leaves = error is None or isinstance(error, (KeyboardInterrupt, SystemExit))
@@ -103,13 +110,22 @@ class Watch:
                 selector.unregister(peer)
         if not self._cause or self._left.is_set():
             return
+        self._cause += self._where_if_late()
         self._lost.set()
         if self.rank == 0:
             self._tell(self._cause)
         if not self._left.wait(GRACE_SECONDS):
-            # The main thread hangs in a collective, where no exception reaches it.
+            # The main thread hangs, in a collective or elsewhere, where no exception reaches it.
             print(f"error: {self._cause}", file=sys.stderr, flush=True)
             os._exit(EXIT_ERROR)
+
+    def _where_if_late(self) -> str:
+        """Where this rank is, when others waited too long in a collective and it is in none; else ''."""
+        stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
+        if _TIMED_OUT not in self._cause.lower() or any("torch/distributed" in at.filename for at in stack):
+            return ""
+        ours = [at for at in stack if Path(at.filename).is_relative_to(_ROOT)] or stack
+        return f"; late is {_name(self.rank)}, at line {ours[-1].lineno} of {ours[-1].filename}, in {ours[-1].name}"
 
     def _close(self) -> None:
         for peer in self._peers:

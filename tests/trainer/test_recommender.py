@@ -11,11 +11,10 @@ import torch
 from bench.decode_peer import GeneratePeer, PrefixTree, generate
 from contract.artifacts import STAGES, open_artifact
 from contract.config import to_toml
-from eval import dense
 from gid.tree import GidTree
 from tests import tiny
 from tests.trainer import runs
-from trainer import distributed, loader
+from trainer import dense, distributed, loader
 from trainer.beam import beam_search
 from trainer.main import main as train
 from trainer.recommender import load

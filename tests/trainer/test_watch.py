@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 
@@ -24,7 +26,7 @@ def work_together(rank, port, output, ready, what):
     from trainer.watch import Watch
 
     def main(_):
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(seconds=3 if what == "late" else 60))
         with Watch(rank, 3, torch.device("cpu")):
             for step in range(10**9):
                 dist.all_reduce(torch.ones(3))
@@ -34,10 +36,16 @@ def work_together(rank, port, output, ready, what):
                         raise FileNotFoundError("shard train-00007.tar is gone")
                     if what == "done":
                         return
+                    if what == "late" and rank == 1:
+                        read_a_shard_for_ever()
                 while what == "hang" and rank == 0 and step > 10:  # in a collective that notices nothing, as NCCL's
                     time.sleep(1)
 
     cli.run(main)
+
+
+def read_a_shard_for_ever():
+    time.sleep(1000)
 
 
 def run(tmp_path, what, killed=None):
@@ -81,6 +89,15 @@ def test_the_error_of_a_rank_is_what_the_others_say(tmp_path):
     assert "error: shard train-00007.tar is gone" in outputs[1]
     for rank in (0, 2):
         assert "failed: FileNotFoundError: shard train-00007.tar is gone" in outputs[rank]
+
+
+def test_a_late_rank_says_where_it_is_when_the_others_time_out(tmp_path):
+    codes, outputs = run(tmp_path, "late")
+    assert codes == [2, 2, 2]
+    assert re.search(r"late is rank 1 on \S+, at line \d+ of \S+test_watch.py, in read_a_shard_for_ever", outputs[1])
+    for rank in (0, 2):
+        assert "waited for a rank that is late" in outputs[rank]
+        assert "Traceback" not in outputs[rank]
 
 
 def test_ranks_that_are_done_leave_in_peace(tmp_path):
