@@ -30,7 +30,8 @@ from contract.config import Config
 from contract.tracking import Run
 
 RESULTS = Path(__file__).parent / "results"
-TOKENS = {"history.encoding": "tokens", "history.max_tokens": "256", "history.train_items": "10"}
+TOKENS = {"history.attention": "full", "history.encoding": "tokens"}
+TOKENS |= {"history.max_tokens": "256", "history.train_items": "10"}
 LAYERS = ("d_model", "d_ff", "d_kv", "num_heads", "num_encoder_layers", "num_decoder_layers")
 SHAPES = {
     "tiny": {"history.encoding": "pooled"},
