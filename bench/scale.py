@@ -1,31 +1,39 @@
-"""What cluster/plan.py needs to know and no other bench has: a step of LightGCN, and the decoding of a user.
+"""What cluster/plan.py needs to know and no other bench has.
 
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m bench.scale --work runs/phone --config configs/phone.toml
+    OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m bench.scale --work runs/demo --config configs/demo.toml --only train
 
-CPU seconds on one thread. LightGCN: forward, backward and Adam's step on random graphs, 3 layers. Decoding: encoder and
-beam search for users of <work>/corpus by a model that has not been trained, which takes as long; and h(X_i) of items.
-Writes bench/results/scale.json; rows of other shapes that are there already are kept.
+CPU seconds on one thread. LightGCN: forward, backward and Adam's step on random graphs, 3 layers. Training: steps of
+the trainer's own loop with the config as it is, and in variants. Decoding: encoder and beam search for users of
+<work>/corpus by a model that has not been trained, which takes as long; and h(X_i) of items. Hybrid: all that ranks the
+items of a user, likewise. Vectors, all random: exact search for the nearest items, and the naming of codes (gid.align).
+Writes bench/results/scale.json; rows of other data and shapes that are there already are kept.
 """
 
 import argparse
 import json
 import os
+import sys
 import time
+import tracemalloc
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bench.train import SHAPES
+from bench.train import SHAPES, measure_ours
 from contract import config as config_module
 from contract.artifacts import git_revision, open_artifact
 from contract.config import Cf, Config
+from gid.align import align_codes
 from gid.lightgcn import Adjacency, bpr_loss
 from gid.tree import GidTree
-from trainer import loader
+from trainer import dense, loader
 from trainer.beam import beam_search
 from trainer.inputs import item_inputs, read_catalog
 from trainer.model import ColaRec, model_config
+from trainer.recommender import Recommender
 
 FILE = Path(__file__).parent / "results" / "scale.json"
 # Users, items, interactions. The first two fit a CPU's cache.
@@ -38,6 +46,10 @@ GRAPHS = [
 ]
 CASES = [("tiny", 100, 256), ("tiny", 20, 512), ("small", 100, 128), ("small", 20, 128)]  # shape, beams, users
 STEPS, ITEMS = 5, 1024
+# Settings of training beside the config's own; steps of each.
+FULL = {"history.attention": "full", "history.user_slots": "2", "loss.contrastive": "0.1"}
+TRAININGS = {"as it is": {}, "large batch": {"train.global_batch": "1024"}, "full": FULL}
+TRAIN_STEPS = 20
 
 
 def lightgcn_row(num_users: int, num_items: int, num_events: int) -> dict:
@@ -62,6 +74,56 @@ def lightgcn_row(num_users: int, num_items: int, num_events: int) -> dict:
     return {
         "what": "lightgcn step", "users": num_users, "items": num_items, "events": len(user), "dim": cf.dim,
         "layers": cf.num_layers, "batch": cf.batch, "cpu_seconds": seconds,
+    }  # fmt: skip
+
+
+def search_row(num_items: int, num_users: int = 256, width: int = 64, count: int = 120) -> dict:
+    """CPU seconds of the exact search for the `count` items nearest to each user."""
+    rng = np.random.default_rng(0)
+    items, users = (rng.standard_normal((n, width), dtype=np.float32) for n in (num_items, num_users))
+    index = dense.Index(torch.from_numpy(items), np.arange(1, num_items + 1), num_items)
+    begin = time.process_time()
+    index.search(torch.from_numpy(users), count)
+    seconds = time.process_time() - begin
+    return {"what": "search", "items": num_items, "users": num_users, "width": width, "cpu_seconds": seconds}
+
+
+def align_row(num_items: int, branching: int = 32, length: int = 4, width: int = 64) -> dict:
+    """CPU seconds of naming the codes of a tree, and the bytes that this holds beside the embeddings."""
+    rng = np.random.default_rng(0)
+    leaf = np.sort(rng.choice(branching**length, num_items, replace=False))
+    gids = (leaf[:, None] // branching ** np.arange(length)[::-1] % branching).astype(np.int16)
+    embeddings = rng.standard_normal((num_items, width), dtype=np.float32)
+    begin = time.process_time()
+    align_codes(embeddings, gids, branching)
+    seconds = time.process_time() - begin
+    tracemalloc.start()
+    align_codes(embeddings, gids, branching)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    full = num_items / branching**length
+    return {"what": "align", "items": num_items, "full": full, "cpu_seconds": seconds, "bytes": held}
+
+
+def train_row(file: str, work: str, variant: str) -> dict:
+    """CPU seconds of a step of training, its encoder positions and FLOPs, and the memory of its process."""
+    with get_context("spawn").Pool(1) as alone:
+        return alone.apply(_train_row, (file, {"work": work} | TRAININGS[variant], variant))
+
+
+def _train_row(file: str, overrides: dict[str, str], variant: str) -> dict:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+    config = config_module.load(file, overrides)
+    row, batch = measure_ours(config, TRAIN_STEPS), config.train.global_batch
+    counts = open_artifact(config, "corpus").counts
+    settings = config_module.section(config, "history", "model", "loss")
+    settings |= {"train.global_batch": batch, "train.negatives": config.train.negatives}
+    return {
+        "what": "train", "data": config.name, "variant": variant, "settings": settings, "users": counts["num_users"],
+        "items": counts["num_items"], "events": counts["num_train"], "steps": TRAIN_STEPS,
+        "cpu_seconds": batch / row["samples_per_cpu_s"],
+        "positions": row["tokens_per_s"] / row["samples_per_s"] * batch, "padding": row["padding"],
+        "flops": row["tflops"] * 1e12 / row["samples_per_s"] * batch, "peak_gb": row["peak_gb"],
     }  # fmt: skip
 
 
@@ -94,15 +156,46 @@ def decode_row(config: Config, shape: str, beams: int, num_users: int) -> dict:
     }  # fmt: skip
 
 
+@torch.no_grad()
+def hybrid_row(config: Config, num_users: int = 512) -> dict:
+    """CPU seconds of ranking a user's items by the hybrid, with the config as it is."""
+    corpus, gid = open_artifact(config, "corpus"), open_artifact(config, "gid")
+    catalog = read_catalog(corpus, gid)
+    torch.manual_seed(config.seed)
+    model = ColaRec(model_config(config, catalog)).eval()
+    recommender = Recommender(config, catalog, model, torch.device("cpu"))
+    users, begin = 0, time.process_time()
+    for batch in loader.eval_batches(config, catalog, corpus, "test", config.eval.batch, 0, 1):
+        recommender.recommend(batch, max(config.eval.cutoffs))
+        users += len(batch["user_idx"])
+        if users >= num_users:
+            break
+    seconds = (time.process_time() - begin) / users
+    return {
+        "what": "hybrid", "data": config.name, "beams": config.eval.beams, "users": corpus.counts["num_users"],
+        "items": catalog.num_items, "events": corpus.counts["num_train"], "cpu_seconds_per_user": seconds,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--work", required=True, help="folder with corpus/ and gid/")
+    parser.add_argument("--only", choices=["lightgcn", "train", "decode", "hybrid", "vectors"], help="one of these")
     args = parser.parse_args()
-    rows = [lightgcn_row(*graph) for graph in GRAPHS]
-    for shape, beams, users in CASES:
-        overrides = {"work": args.work, "eval.batch": "128"} | SHAPES[shape]
-        rows.append(decode_row(config_module.load(args.config, overrides), shape, beams, users))
+    rows = []
+    if args.only in (None, "lightgcn"):
+        rows += [lightgcn_row(*graph) for graph in GRAPHS]
+    if args.only in (None, "train"):
+        rows += [train_row(args.config, args.work, variant) for variant in TRAININGS]
+    if args.only in (None, "decode"):
+        for shape, beams, users in CASES:
+            overrides = {"work": args.work, "eval.batch": "128"} | SHAPES[shape]
+            rows.append(decode_row(config_module.load(args.config, overrides), shape, beams, users))
+    if args.only in (None, "hybrid"):
+        rows.append(hybrid_row(config_module.load(args.config, {"work": args.work, "eval.hybrid": "1"})))
+    if args.only in (None, "vectors"):
+        rows += [search_row(1_000_000), align_row(300_000), align_row(100_000)]
     save(rows)
 
 
@@ -116,8 +209,14 @@ def save(rows: list[dict]) -> None:
 
 
 def _key(row: dict) -> tuple[str, ...]:
-    names = ("what", "users", "items", "events") if "dim" in row else ("what", "data", "shape", "beams")
-    return tuple(str(row[name]) for name in names)
+    names = {"train": ("data", "variant"), "decode": ("data", "shape", "beams")}
+    names |= {
+        "lightgcn step": ("users", "items", "events"),
+        "search": ("items",),
+        "align": ("items",),
+        "hybrid": ("data",),
+    }
+    return (row["what"], *(str(row[name]) for name in names[row["what"]]))
 
 
 if __name__ == "__main__":

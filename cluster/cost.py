@@ -9,10 +9,10 @@ cf.dim, D = model.d_model, K^l = codes and levels of a GID.
 import functools
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from contract import config as config_module
@@ -33,8 +33,7 @@ PYTHON_PER_ITEM = 40  # of each core's worker (computed there)
 PLAIN_PER_ROW, PARQUET_PER_ROW = 107 * 2**28 / 200e6, 18
 SPARK_SPLIT = 128 << 20  # spark.sql.files.maxPartitionBytes, its default
 ALS_FLOPS_PER_CORE = 1e9  # ASSUMED: nobody measured Spark's ALS here
-SEARCH_FLOPS_PER_CORE = 20e9  # ASSUMED: of exact search in FAISS, float32
-INTERPRETER = 0.45e9  # bytes of a process with torch, transformers and deepspeed imported
+INTERPRETER = 0.58e9  # bytes of a process that has imported the trainer, and holds no model
 TREE_START, TREE_MEMORY = 3.0, 0.24e9  # CPU seconds and bytes of the interpreters, see `tree_cpu_seconds`
 
 
@@ -59,7 +58,7 @@ def measured(name: str):
 
 
 def train_events(config: Config, scale: Scale) -> float:
-    """E: what the split leaves to training; all of them are targets."""
+    """E: what the split leaves to training."""
     if config.etl.split == "leave_one_out":
         return max(scale.events - 2 * scale.users, 0.1 * scale.events)
     if config.etl.split in ("random", "given"):
@@ -168,6 +167,21 @@ def tree_bytes(items: float, dim: int) -> float:
     return TREE_MEMORY + items * (4 * dim + beside)
 
 
+@functools.cache
+def _align() -> dict:
+    (row,) = (r for r in measured("scale") if r["what"] == "align" and r["items"] == 300_000)
+    return row
+
+
+def align_cpu_seconds(items: float) -> float:
+    """gid.align, in one process: linear from a tree that is 29% full; emptier ones take more."""
+    return _align()["cpu_seconds"] / _align()["items"] * items
+
+
+def align_bytes(items: float, dim: int) -> float:
+    return TREE_MEMORY + items * (4 * dim + _align()["bytes"] / _align()["items"])
+
+
 # The model
 
 
@@ -199,67 +213,130 @@ def table_rows(config: Config, scale: Scale) -> dict[str, float]:
     """Rows of the item and the user table."""
     ids = {"item": scale.items, "user": scale.users if config.history.user_slots else 0}
     kind = {"item": config.model.item_table, "user": config.model.user_table}
-    return {name: config.model.hash_rows if n and kind[name] == "hash" else n for name, n in ids.items()}
+    rows = {"hash": config.model.hash_rows, "none": 0}
+    return {name: rows.get(kind[name], n) if n else 0 for name, n in ids.items()}
+
+
+def rows_of_an_epoch(config: Config, scale: Scale) -> float:
+    """What `train.global_batch` counts: users with causal attention, otherwise targets."""
+    if config.history.attention == "causal":
+        return scale.users
+    first = scale.users if config.history.order == "time" else 0  # a user's first event has nothing before it
+    return max(1.0, train_events(config, scale) - first)
+
+
+def targets_of_a_row(config: Config, scale: Scale) -> float:
+    """With causal attention every event of a window but the first, as if all users had equally many events."""
+    if config.history.attention == "full":
+        return 1.0
+    return min(max(train_events(config, scale) / scale.users - 1, 1.0), config.history.train_items)
 
 
 def lengths(config: Config, scale: Scale, eval_items: bool = False) -> tuple[float, float]:
     """Mean encoder positions of X_u and X_i, as if all users had equally many events."""
     history, per_user = config.history, train_events(config, scale) / scale.users
-    most = history.eval_items if eval_items else history.train_items
     if eval_items:
-        seen = min(per_user, most)
+        seen = min(per_user, history.eval_items)
+    elif history.attention == "causal":
+        seen = targets_of_a_row(config, scale)  # each comes after an item
     elif history.order == "set":
-        seen = min(max(per_user - 1, 0), most)
-    else:  # the mean over the targets 0 .. n - 1 of min(t, most)
-        capped = min(per_user, most)
-        seen = (capped * max(capped - 1, 0) / 2 + max(per_user - most, 0) * most) / max(per_user, 1)
-    item = 1 if history.encoding == "pooled" else 1 + scale.tokens
-    bound = math.inf if history.encoding == "pooled" else history.max_tokens
-    return min(2 + seen * item, bound), min(2 + item + history.user_slots, bound)
+        seen = min(max(per_user - 1, 0), history.train_items)
+    else:  # the mean over the targets 1 .. n - 1 of min(t, most)
+        most = history.train_items
+        capped = min(max(per_user - 1, 1), most)
+        seen = (capped * (capped + 1) / 2 + max(per_user - 1 - most, 0) * most) / max(per_user - 1, 1)
+    item, bound = 1.0, math.inf
+    if history.encoding == "tokens":
+        item, bound = 1 + scale.tokens * history.content, history.max_tokens
+    ends = 1 if history.attention == "causal" else 2  # task and eos
+    return min(ends + seen * item, bound), min(2 + item + history.user_slots, bound)
 
 
-def items_of_a_batch(config: Config, scale: Scale, targets: float) -> float:
-    """Distinct items of so many targets, as if they were drawn uniformly."""
+def items_of_a_batch(config: Config, scale: Scale, rows: float) -> float:
+    """Distinct items X_i of so many rows, as if they were drawn uniformly."""
     loss = config.loss
-    drawn = targets * (2 * bool(loss.index or loss.bpr or loss.softmax or loss.contrastive) + bool(loss.contrastive))
+    drawn = rows * (2 * bool(loss.index or loss.bpr or loss.contrastive) + bool(loss.contrastive))
     return -scale.items * math.expm1(-drawn / scale.items)
 
 
-def flops_per_target(config: Config, scale: Scale) -> float:
-    """Of a step's forward and backward pass (trainer/flops.py)."""
+def step_lengths(config: Config, scale: Scale, rows: float) -> dict[str, tuple[float, float, float]]:
+    """Of so many rows, as `trainer.loader.TrainBatches` counts them: number, sum of lengths and of their squares."""
     user, item = lengths(config, scale)
-    targets = config.train.global_batch
-    drawn = items_of_a_batch(config, scale, targets)
-    decoded = drawn * 2 / 3 if config.loss.contrastive else drawn  # siblings are encoded only
-    sums = {"user": (targets, user), "item": (drawn, item), "decoded item": (decoded, item)}
-    sums = {name: (n, n * length, n * length**2) for name, (n, length) in sums.items() if n}
-    return step_flops(model_config(config, scale), sums) / targets
+    items, targets = items_of_a_batch(config, scale, rows), targets_of_a_row(config, scale)
+    # What a target is decoded from: with causal attention the task and 1 .. targets items.
+    read = 1 + (targets + 1) / 2 if config.history.attention == "causal" else user
+    decoded = items * 2 / 3 if config.loss.contrastive else items  # siblings are encoded only
+    sums = {"user": (rows, user), "decoded user": (rows * targets, read)}
+    sums |= {"item": (items, item), "decoded item": (decoded, item)} if items else {}
+    return {name: (n, n * length, n * length**2) for name, (n, length) in sums.items()}
 
 
-def softmax_flops_per_target(config: Config, scale: Scale) -> float:
-    """Of L_softmax, which trainer/flops.py leaves out: every target against the items of all ranks."""
+def positions(config: Config, scale: Scale, rows: float) -> tuple[float, float]:
+    """Of the encoder and of the decoder in a pass over so many rows, without padding."""
+    sums, loss = step_lengths(config, scale, rows), config.loss
+    encoder = sum(sums[name][1] for name in ("user", "item") if name in sums)
+    gids = bool(loss.rec) * sums["decoded user"][0] + bool(loss.index) * sums.get("decoded item", (0,))[0]
+    return encoder, gid_levels(config, scale) * gids
+
+
+def flops_per_row(config: Config, scale: Scale) -> float:
+    """Of a step's forward and backward pass (trainer/flops.py)."""
+    rows = config.train.global_batch
+    return step_flops(model_config(config, scale), step_lengths(config, scale, rows)) / rows
+
+
+def softmax_flops_per_row(config: Config, scale: Scale) -> float:
+    """Of L_softmax, which trainer/flops.py leaves out: every target against the random items of all ranks."""
     if not config.loss.softmax:
         return 0.0
-    return 3 * 2 * items_of_a_batch(config, scale, config.train.global_batch) * config.model.d_model
+    return 3 * 2 * targets_of_a_row(config, scale) * config.train.negatives * config.model.d_model
 
 
 def decode_flops(shape: ColaRecConfig, length: float, beams: int) -> float:
     """A user's beam search: the encoder over `length` positions, keys and values of these, and the beams of each level,
     of which there are K^t at most."""
-    once = shape.num_decoder_layers * 4 * length * shape.d_model * shape.num_heads * shape.d_kv
-    of_a_code = (decoder_flops(shape, 1, length) - once) / shape.gid_length
     codes = sum(min(beams, shape.branching**level) for level in range(shape.gid_length))
-    return encoder_flops(shape, length, length**2) + once + codes * of_a_code
+    return encoder_flops(shape, length, length**2) + code_flops(shape, length, codes)
 
 
-def decode_flops_per_user(config: Config, scale: Scale, beams: int) -> float:
-    return decode_flops(model_config(config, scale), lengths(config, scale, eval_items=True)[0], beams)
+def code_flops(shape: ColaRecConfig, length: float, codes: float) -> float:
+    """Keys and values of the encoder's states, and so many codes one at a time."""
+    once = shape.num_decoder_layers * 4 * length * shape.d_model * shape.num_heads * shape.d_kv
+    return once + codes * (decoder_flops(shape, 1, length, length) - once) / shape.gid_length
+
+
+def rank_flops_per_user(config: Config, scale: Scale, beams: int) -> float:
+    """What `trainer.recommender` decodes to rank a user's items, with so many beams; `search_flops` comes on top."""
+    shape, length = model_config(config, scale), lengths(config, scale, eval_items=True)[0]
+    ranks_by = config.eval.ranks_by
+    if ranks_by == "dense":
+        return encoder_flops(shape, length, length**2)
+    if config.eval.exhaustive or beams >= scale.items:
+        return decode_flops(shape, length, int(scale.items))
+    flops = decode_flops(shape, length, beams)
+    if ranks_by == "hybrid":  # log p of as many near items, which share the first level
+        flops += code_flops(shape, length, 1 + beams * (shape.gid_length - 1))
+    return flops
+
+
+def search_flops(config: Config, scale: Scale, users: float) -> float:
+    """Of the exact search for the nearest items."""
+    return 0.0 if config.eval.ranks_by == "generative" else 2 * users * scale.items * config.model.d_model
 
 
 def item_vector_flops(config: Config, scale: Scale) -> float:
-    """h(X_i) of one item."""
+    """Of the vectors of all items: h(X_i), or v_i, which is only looked up, where L_softmax is trained."""
+    if config.eval.ranks_by == "generative" or config.loss.softmax:
+        return 0.0
     _, length = lengths(config, scale)
-    return encoder_flops(model_config(config, scale), length, length**2)
+    return scale.items * encoder_flops(model_config(config, scale), length, length**2)
+
+
+def item_vector_bytes(config: Config, scale: Scale) -> float:
+    """On each rank, in an evaluation and in every validation: vectors, two tables of their places, GIDs of 2 bytes."""
+    if config.eval.ranks_by == "generative":
+        return 0.0
+    return scale.items * (4 * config.model.d_model + 16 + 2 * gid_levels(config, scale))
 
 
 # Memory of training
@@ -284,9 +361,9 @@ def dense_bytes_per_weight(config: Config, ranks: int, bf16: bool) -> float:
     )
 
 
-def activation_bytes(config: Config, positions: float, bf16: bool) -> float:
-    """What a pass keeps for its backward pass, on a CPU: so many values a position, layer and unit of the width, from
-    the official shape of bench/results/train.json."""
+def activation_bytes(config: Config, encoder: float, decoder: float, bf16: bool) -> float:
+    """What a pass over so many positions keeps for its backward pass, on a CPU: so many values a position, layer and
+    unit of the width, from the official shape of bench/results/train.json."""
     precision = "bf16" if bf16 else "fp32"
     row = next(
         r
@@ -296,7 +373,10 @@ def activation_bytes(config: Config, positions: float, bf16: bool) -> float:
     weights = 68e6  # of that shape on Phone, tables included
     kept = row["peak_gb"] * 1e9 - 16 * weights - INTERPRETER
     padded = row["batch"] * row["tokens_per_s"] / row["samples_per_s"] / (1 - row["padding"])
-    return kept / (padded * 6 * 512) * positions * config.model.num_encoder_layers * config.model.d_model
+    decoded = row["batch"] * 3 * 3  # codes of three GIDs of three levels
+    model = config.model
+    layers = encoder * model.num_encoder_layers + decoder * model.num_decoder_layers
+    return kept / ((padded + decoded) * 6 * 512) * layers * model.d_model
 
 
 # Rates of a CPU core
@@ -308,11 +388,11 @@ def optimizer_cpu_seconds(num_weights: float) -> float:
     return row["cpu_seconds"] / (row["rows"] * row["width"]) * num_weights
 
 
-def train_cpu_seconds(config: Config, scale: Scale, targets: float, ranks: int) -> float:
-    """Of all ranks together, for so many targets, on a core each, without validation."""
-    steps, flops = targets / config.train.global_batch, targets * flops_per_target(config, scale)
-    of_a_step = _step_overhead() + optimizer_cpu_seconds(num_dense_weights(config, scale))
-    return flops / train_rate(config) + steps * ranks * of_a_step
+def train_cpu_seconds(config: Config, scale: Scale, steps: float, ranks: int) -> float:
+    """Of all ranks together, on a core each, without validation."""
+    flops = flops_per_row(config, scale) + softmax_flops_per_row(config, scale)
+    of_a_rank = _small_steps()[1] + optimizer_cpu_seconds(num_dense_weights(config, scale))
+    return steps * (config.train.global_batch * flops / train_rate(config) + ranks * of_a_rank)
 
 
 def num_dense_weights(config: Config, scale: Scale) -> float:
@@ -322,7 +402,7 @@ def num_dense_weights(config: Config, scale: Scale) -> float:
 
 
 def train_rate(config: Config) -> float:
-    """FLOP per second of a core: a power of the width through the two shapes of bench/results/train.json."""
+    """FLOP per second of a core: the default shape in bench/results/scale.json, the two wider ones of train.json."""
     widths = {"small": 128, "official": 512}
     precision = "bf16" if config.train.precision == "bf16" else "fp32"
     rates = {
@@ -331,11 +411,33 @@ def train_rate(config: Config) -> float:
         if r["who"] == "ours" and r["device"] == "CPU, 1 thread" and r["train.precision"] == precision
         if r["shape"] in widths
     }
-    return _power(rates, config.model.d_model)
+    return _between({64: _small_steps()[0]} | rates, config.model.d_model)
 
 
-def decode_cpu_seconds(config: Config, scale: Scale, users: float, beams: int) -> float:
-    return users * decode_flops_per_user(config, scale, beams) / decode_rate(config.model.d_model)
+@functools.cache
+def _small_steps() -> tuple[float, float]:
+    """FLOP per second of a core at width 64, and CPU seconds of a step and rank beside FLOPs and AdamW: a line through
+    the steps of two batches on Phone."""
+    points = []
+    for variant in ("as it is", "large batch"):
+        config, scale, row = measured_steps("phone", variant)
+        points.append((row["flops"] + config.train.global_batch * softmax_flops_per_row(config, scale), row))
+    (few, small), (many, large) = points
+    rate = (many - few) / (large["cpu_seconds"] - small["cpu_seconds"])
+    return rate, small["cpu_seconds"] - few / rate - optimizer_cpu_seconds(num_dense_weights(config, scale))
+
+
+def rank_cpu_seconds(config: Config, scale: Scale, users: float, beams: int) -> float:
+    """Of all ranks together: the vectors of the items, and each user's decoding and search."""
+    seconds = item_vector_flops(config, scale) / train_rate(config)
+    seconds += users * rank_flops_per_user(config, scale, beams) / decode_rate(config.model.d_model)
+    return seconds + search_flops(config, scale, users) / search_rate()
+
+
+def search_rate() -> float:
+    """FLOP per second of a core in exact search (FAISS): 1M items of 64, 120 results."""
+    (row,) = (r for r in measured("scale") if r["what"] == "search")
+    return 2 * row["users"] * row["items"] * row["width"] / row["cpu_seconds"]
 
 
 def decode_rate(width: int) -> float:
@@ -343,46 +445,37 @@ def decode_rate(width: int) -> float:
     rows = [r for r in measured("scale") if r["what"] == "decode" and (r["data"], r["beams"]) == ("phone", 100)]
     flops = [decode_flops(ColaRecConfig(**r["model"]), r["positions_per_user"], 100) for r in rows]
     rates = [n / r["cpu_seconds_per_user"] for n, r in zip(flops, rows, strict=True)]
-    return _power(dict(zip([r["model"]["d_model"] for r in rows], rates, strict=True)), width)
-
-
-def published_run(name: str) -> tuple[float, int, int]:
-    """Seconds of training, ranks and steps of the run in bench/results/<name>.json."""
-    trained = re.match(r"(\d+) min on (\d+) x cpu, (\d+) steps", measured(name)["protocol"]["trained"])
-    minutes, ranks, steps = map(int, trained.groups())
-    return 60.0 * minutes, ranks, steps
-
-
-@functools.cache
-def _step_overhead() -> float:
-    """CPU seconds of a step and rank that the run on Phone took beside FLOPs, AdamW and validation."""
-    config, scale = published_case("phone")
-    seconds, ranks, steps = published_run("phone")
-    seconds -= validation_cpu_seconds(config, scale, steps)
-    seconds -= steps * config.train.global_batch * flops_per_target(config, scale) / train_rate(config) / ranks
-    return seconds / steps - optimizer_cpu_seconds(num_dense_weights(config, scale))
+    return _between(dict(zip([r["model"]["d_model"] for r in rows], rates, strict=True)), width)
 
 
 def validation_cpu_seconds(config: Config, scale: Scale, steps: float) -> float:
-    """Beam search before the first step and every `train.eval_every` of them."""
-    every = config.train.eval_every or train_events(config, scale) / config.train.global_batch
+    """Ranking the sample before the first step and every `train.eval_every` of them."""
+    every = config.train.eval_every or rows_of_an_epoch(config, scale) / config.train.global_batch
     users = min(config.train.eval_users or scale.users, scale.users)
-    return (1 + round(steps / every)) * decode_cpu_seconds(config, scale, users, config.train.eval_beams)
+    beams = max(config.train.eval_beams, *config.eval.cutoffs)
+    return (1 + round(steps / every)) * rank_cpu_seconds(config, scale, users, beams)
 
 
-def published_case(name: str) -> tuple[Config, Scale]:
-    """The config of a published run and what it was trained on: users, items and events of its corpus/manifest.json."""
-    users, items, num_train = {
-        "phone": (27_879, 10_429, 137_277),
-        "beauty": (22_363, 12_101, 153_776),
-        "demo": (2_354, 1_097, 24_080),
-    }[name]
-    config = config_module.load(str(RESULTS.parents[1] / "configs" / f"{name}.toml"))
-    rows = num_train / config.etl.split_shares[0] if config.etl.split == "given" else num_train + 2 * users
-    return config, Scale(rows, users, items, kept=1.0, tokens=config.etl.max_item_tokens)
+def measured_steps(data: str, variant: str) -> tuple[Config, Scale, dict]:
+    """A row of training steps in bench/results/scale.json, with the config and the data that it was measured on."""
+    (row,) = (r for r in measured("scale") if r["what"] == "train" and (r["data"], r["variant"]) == (data, variant))
+    return as_run(data, row["settings"]), corpus_scale(row["users"], row["items"], row["events"]), row
 
 
-def _power(values: dict[int, float], width: float) -> float:
-    """A power of the width through two points, kept within 64 and 512, the widths that were run."""
-    (x, y), (u, v) = sorted(values.items())
-    return y * (min(max(width, 64), 512) / x) ** (math.log(v / y) / math.log(u / x))
+def as_run(data: str, settings: dict) -> Config:
+    """configs/<data>.toml under the settings of a run, but for those that are no more."""
+    config = config_module.load(str(RESULTS.parents[1] / "configs" / f"{data}.toml"))
+    known = config_module.flatten(config)
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key in known}
+    return config_module.replace(config, settings | {"etl.split": "given", "etl.split_shares": (1.0, 0.0, 0.0)})
+
+
+def corpus_scale(num_users: int, num_items: int, num_train: int) -> Scale:
+    """That of a corpus for a config of `as_run`, which takes all rows for train events."""
+    return Scale(num_train, num_users, num_items, kept=1.0, tokens=30)
+
+
+def _between(values: dict[int, float], width: float) -> float:
+    """A power of the width between the widths that were measured; beyond them what the nearest one has."""
+    widths = sorted(values)
+    return math.exp(np.interp(math.log(width), np.log(widths), np.log([values[w] for w in widths])))

@@ -14,6 +14,7 @@ GPUS_PER_NODE = 8
 NODE_BYTES_PER_SECOND = 1e9  # ASSUMED: network and disk of a machine
 FILLED = 0.7  # share of a machine's memory that a plan fills at most
 GRADIENTS_PER_STEP = 1e9  # bytes that a step may reduce over the ranks before a note is due
+ON_DEVICE = ("layers", "tables", "activations", "logits", "tree", "vectors")  # in training, see `train_bytes`
 LARGEST = {"etl": 200e6, "cf": 200e3, "tree": 10e6, "train": 200e3, "eval": 30e3}  # what was run: rows, events, items
 
 
@@ -185,14 +186,20 @@ def tree(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     cpu = cost.tree_cpu_seconds(scale.items, config.cf.dim)
     seconds = cost.tree_seconds(scale.items, config.cf.dim, machines.cores)
     need, levels = cost.tree_bytes(scale.items, config.cf.dim), cost.gid_levels(config, scale)
+    naming = cost.align_cpu_seconds(scale.items) if config.gid.align else 0.0
+    cpu, seconds = cpu + naming, seconds + naming
+    if config.gid.align:
+        need = max(need, cost.align_bytes(scale.items, config.cf.dim))
     warnings = []
     if need > machines.node_bytes:
         warnings.append(
-            f"one process holds {size(need)} of {size(machines.node_bytes)}; a smaller cf.dim or a larger machine"
+            f"one process holds {size(need)} of {size(machines.node_bytes)}; gid.align = false (half of it), a smaller "
+            "cf.dim or a larger machine"
         )
     if seconds > 2 * 3600:
         warnings.append(
-            f"one process splits the root alone, then one a core the subtrees: {hours(seconds)}. More machines do not "
+            f"one process splits the root alone, then one a core the subtrees, and one names the codes (gid.align): "
+            f"{hours(seconds)}. More machines do not "
             "help; --extend places added items without a rebuild"
         )
     return Row(
@@ -214,43 +221,42 @@ def train(config: Config, scale: cost.Scale, machines: Machines) -> Row:
         machines.ranks,
         bool(machines.gpus) if config.train.precision == "auto" else (config.train.precision == "bf16"),
     )
-    per_epoch = cost.train_events(config, scale)
-    targets = per_epoch * config.train.epochs
-    if config.train.max_steps:
-        targets = config.train.max_steps * config.train.global_batch
-    flops, softmax = cost.flops_per_target(config, scale), cost.softmax_flops_per_target(config, scale)
-    steps, shortest = targets / config.train.global_batch, machines.step_ms / 1000
+    batch, rows = config.train.global_batch, "histories" if config.history.attention == "causal" else "targets"
+    steps = config.train.max_steps or config.train.epochs * max(1.0, cost.rows_of_an_epoch(config, scale) // batch)
+    targets = steps * batch * cost.targets_of_a_row(config, scale)
+    flops, softmax = cost.flops_per_row(config, scale), cost.softmax_flops_per_row(config, scale)
+    shortest = machines.step_ms / 1000
     if machines.gpus:
-        of_a_step = config.train.global_batch * (flops + softmax) / (machines.peak * machines.mfu)
+        of_a_step = batch * (flops + softmax) / (machines.peak * machines.mfu)
         seconds = steps * max(of_a_step, shortest)
     else:
-        seconds = cost.train_cpu_seconds(config, scale, targets, ranks)
+        seconds = cost.train_cpu_seconds(config, scale, steps, ranks)
         seconds = (seconds + cost.validation_cpu_seconds(config, scale, steps)) / ranks
-    numbers = train_bytes(config, scale, ranks, bf16) | {"flops": targets * (flops + softmax), "targets": targets}
+    total = steps * batch * (flops + softmax)
+    numbers = train_bytes(config, scale, ranks, bf16) | {"flops": total, "targets": targets, "steps": steps}
     warnings = []
     if machines.gpus and of_a_step < shortest / 2:
         enough = max(1, math.ceil(machines.gpus * of_a_step / shortest))
         warnings.append(
-            f"{steps:,.0f} steps of {config.train.global_batch} targets, {machines.step_ms:g} ms each at least "
+            f"{steps:,.0f} steps of {batch} {rows}, {machines.step_ms:g} ms each at least "
             f"(--step-ms, assumed), use {of_a_step / shortest:.1%} of the GPUs; {enough} would be as fast. A larger "
             "train.global_batch, with its train.lr, makes fewer steps"
         )
-    device = sum(numbers[name] for name in ("layers", "tables", "activations", "logits", "tree"))
-    rows, levels = sum(cost.table_rows(config, scale).values()), cost.gid_levels(config, scale)
+    device = sum(numbers[name] for name in ON_DEVICE)
     return Row(
         "train",
-        f"{targets * (flops + softmax):.2g} FLOP",
+        f"{total:.2g} FLOP",
         seconds,
         machines.ranks_place,
         f"{size(device)} a rank",
-        "assumed" if machines.gpus else basis(per_epoch, "train"),
+        "assumed" if machines.gpus else basis(cost.train_events(config, scale), "train"),
         machines.ranks_dollars(seconds),
         numbers,
         [
-            f"{targets:.3g} targets in {steps:,.0f} steps, {flops:.2g} FLOP each and "
-            f"{softmax:.2g} for L_softmax; tables of {rows:.3g} rows x {config.model.d_model}, l = {levels}",
-            "a rank holds " + ", ".join(f"{name} {size(numbers[name])}" for name in
-                                        ("layers", "tables", "activations", "logits", "tree"))
+            f"{targets:.3g} targets in {steps:,.0f} steps of {batch} {rows}, {flops:.2g} FLOP for each of these and "
+            f"{softmax:.2g} for L_softmax; tables of {sum(cost.table_rows(config, scale).values()):.3g} rows x "
+            f"{config.model.d_model}, l = {cost.gid_levels(config, scale)}",
+            "a rank holds " + ", ".join(f"{name} {size(numbers[name])}" for name in ON_DEVICE)
             + f"; of its machine, for each rank, {size(numbers['host'])}",
         ],
         warnings + train_warnings(config, scale, machines, numbers, device, softmax / flops),
@@ -259,12 +265,10 @@ def train(config: Config, scale: cost.Scale, machines: Machines) -> Row:
 
 def train_bytes(config: Config, scale: cost.Scale, ranks: int, bf16: bool) -> dict[str, float]:
     """What a rank holds on its device, in main memory, and sends in a step."""
-    user, item = cost.lengths(config, scale)
-    batch = max(1.0, config.train.global_batch / ranks)
-    positions = batch * user + cost.items_of_a_batch(config, scale, batch) * item
-    positions = min(positions, config.train.micro_tokens or math.inf)
-    share = positions / (batch * user + cost.items_of_a_batch(config, scale, batch) * item)
-    drawn = cost.items_of_a_batch(config, scale, config.train.global_batch * share)
+    rows = max(1.0, config.train.global_batch / ranks)
+    encoder, decoder = cost.positions(config, scale, rows)
+    share = min(1.0, config.train.micro_tokens / encoder) if config.train.micro_tokens else 1.0
+    targets = rows * share * cost.targets_of_a_row(config, scale)
     dense, levels = cost.num_dense_weights(config, scale), cost.gid_levels(config, scale)
     exact = config.model.item_table == "exact"
     from_cf = (
@@ -273,11 +277,13 @@ def train_bytes(config: Config, scale: cost.Scale, ranks: int, bf16: bool) -> di
     return {
         "layers": cost.num_layer_weights(config, scale) * cost.dense_bytes_per_weight(config, ranks, bf16),
         "tables": cost.table_bytes(config, scale, ranks, bf16),
-        "activations": cost.activation_bytes(config, positions, bf16),
-        # float32 of the scores, of their softmax and of the gradient; and the vectors of the items of all ranks
-        "logits": (12 * batch * share * drawn + 8 * drawn * config.model.d_model) if config.loss.softmax else 0.0,
+        "activations": cost.activation_bytes(config, encoder * share, decoder * share, bf16),
+        # float32 of the scores, what is made of them and the gradient; and the random items' vectors
+        "logits": (12 * targets + 8 * config.model.d_model) * config.train.negatives if config.loss.softmax else 0.0,
         "tree": 8 * (config.gid.branching**levels + scale.items),  # at most, GidTree
-        "host": (8 * (levels + 2) + 4) * scale.items + from_cf,
+        "vectors": cost.item_vector_bytes(config, scale),  # while it validates
+        # The catalog; and how likely each item is to be drawn at random.
+        "host": (8 * (levels + 2) + 4 + (8 if config.loss.softmax else 0)) * scale.items + from_cf,
         "export": 4 * sum(cost.table_rows(config, scale).values()) * config.model.d_model,
         "gradients": (2 if bf16 else 4) * dense,
     }
@@ -322,11 +328,16 @@ def train_warnings(
             f"the tree's tables, 8 K^l bytes, take up to {size(numbers['tree'])} of each rank; "
             f"gid.branching = {better} (l = {levels}) makes that {size(8 * (better**levels + scale.items))}"
         )
+    if numbers["vectors"] > 0.2 * machines.rank_bytes:
+        warnings.append(
+            f"a validation holds the vectors of all items on each rank, {size(numbers['vectors'])} of "
+            f"{size(machines.rank_bytes)}; eval.mode = 'generative' ranks by the beam alone"
+        )
     if softmax_share > 0.5 or numbers["logits"] > 0.2 * machines.rank_bytes:
         warnings.append(
-            f"L_softmax gathers the items of all ranks: {softmax_share:.1f} times the FLOP of the layers, "
-            f"{size(numbers['logits'])} a rank; set train.micro_tokens (it then ranks among the items of a pass), a "
-            "smaller train.global_batch, or loss.softmax = 0 with loss.bpr"
+            f"L_softmax ranks each target among {config.train.negatives:,} items: {softmax_share:.1f} times the FLOP "
+            f"of the layers, {size(numbers['logits'])} a rank; set fewer train.negatives, or train.micro_tokens for "
+            "the memory alone"
         )
     if device > machines.rank_bytes and numbers["activations"] > FILLED * machines.rank_bytes / 2:
         warnings.append(
@@ -356,37 +367,38 @@ def branching(config: Config, scale: cost.Scale) -> int:
 
 def evaluate(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     """All users have a held-out target at most, and all of them are scored."""
-    beams, width = config.eval.beams, config.model.d_model
-    flops = scale.users * cost.decode_flops_per_user(config, scale, beams)
-    vectors = scale.items * cost.item_vector_flops(config, scale) if config.eval.hybrid else 0.0
-    search = 2 * scale.users * scale.items * width if config.eval.hybrid else 0.0
-    on_cpu = search / cost.SEARCH_FLOPS_PER_CORE / (machines.nodes * machines.cores)
+    beams, width, levels = config.eval.beams, config.model.d_model, cost.gid_levels(config, scale)
+    flops = scale.users * cost.rank_flops_per_user(config, scale, beams)
+    vectors, search = cost.item_vector_flops(config, scale), cost.search_flops(config, scale, scale.users)
     if machines.gpus:
-        # Each rank makes the vectors of all items.
         batches = math.ceil(scale.users / machines.gpus / config.eval.batch)
-        seconds = max(flops / (machines.peak * machines.decode_mfu), batches * machines.step_ms / 1000)
-        seconds += vectors * machines.gpus / (machines.peak * machines.mfu)
+        searching = search / (machines.peak * machines.decode_mfu)
+        seconds = max(flops / (machines.peak * machines.decode_mfu) + searching, batches * machines.step_ms / 1000)
+        seconds += vectors / (machines.peak * machines.mfu)
     else:
-        seconds = cost.decode_cpu_seconds(config, scale, scale.users, beams) / machines.ranks
-        seconds += vectors / cost.train_rate(config)
-    seconds += on_cpu
-    held = 4 * scale.items * width if config.eval.hybrid else 0.0
+        searching = search / cost.search_rate() / machines.all_cores
+        seconds = cost.rank_cpu_seconds(config, scale, scale.users, beams) / machines.ranks
+    held = cost.item_vector_bytes(config, scale)
     tables = 4 * sum(cost.table_rows(config, scale).values()) * width
-    levels = cost.gid_levels(config, scale)
     trees = 8 * (config.gid.branching**levels + scale.items)
     device = held + tables + trees + 4 * cost.num_layer_weights(config, scale)
     lists = scale.users * max(config.eval.cutoffs) * 16 + 4 * scale.events
+    notes = [f"{scale.users:.3g} users x {beams} beams; {scale.users / seconds:,.0f} users/s"]
+    if search:
+        on_gpus, on_cores = "--decode-mfu, assumed", f"{cost.search_rate():.2g} FLOP/s a core"
+        rate = on_gpus if machines.gpus else on_cores
+        notes.append(f"exact search for the nearest items is {search:.2g} FLOP of these, {hours(searching)} ({rate})")
     warnings = []
     if device > machines.rank_bytes:
         warnings.append(
             f"each rank holds the whole tables, {size(tables)}, the tree, {size(trees)}, and the vectors of all items, "
-            f"{size(held)}: more than {size(machines.rank_bytes)}; eval.hybrid = 0 saves the vectors, a hashed table "
-            "(model.item_table, model.user_table) the rest"
+            f"{size(held)}: more than {size(machines.rank_bytes)}; eval.mode = 'generative' saves the vectors, a "
+            "hashed table (model.item_table, model.user_table) the rest"
         )
-    if on_cpu > max(3600, 0.5 * seconds):
+    if searching > max(3600, 0.5 * seconds):
         warnings.append(
-            f"exact search for the nearest items is {search:.2g} FLOP on the CPUs, {hours(on_cpu)}; set "
-            "eval.hybrid = 0 (the beam alone)"
+            f"exact search for the nearest items is {search:.2g} FLOP, {hours(searching)}; set eval.mode = "
+            "'generative' (the beam alone)"
         )
     if lists > FILLED * machines.node_bytes:
         warnings.append(
@@ -410,10 +422,10 @@ def evaluate(config: Config, scale: cost.Scale, machines: Machines) -> Row:
         seconds,
         machines.ranks_place,
         f"{size(device)} a rank",
-        "assumed" if machines.gpus or search else basis(scale.users, "eval"),
+        "assumed" if machines.gpus else basis(scale.users, "eval"),
         machines.ranks_dollars(seconds),
         {"decode_flops": flops, "vector_flops": vectors, "search_flops": search, "bytes": device, "lists": lists},
-        [f"{scale.users:.3g} users x {beams} beams; {scale.users / seconds:,.0f} users/s"],
+        notes,
         warnings,
     )
 

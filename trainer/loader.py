@@ -204,7 +204,8 @@ class TrainBatches(torch.utils.data.IterableDataset):
         """What L_softmax ranks: targets (S,) above random items (R,)."""
         distinct, rows = np.unique(np.concatenate([target, random_items]), return_inverse=True)
         num_drawn = len(random_items) * self.config.train.streams // len(self.streams)  # of all ranks
-        probability = np.diff(self.catalog.negative_cdf)[random_items - 1]
+        cdf = self.catalog.negative_cdf
+        probability = cdf[random_items] - cdf[random_items - 1]
         return {
             "candidate": {"item": distinct} | inputs.content_bags(self.config, self.catalog, distinct),
             "next": rows[: len(target)],

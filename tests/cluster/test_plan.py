@@ -26,7 +26,7 @@ def test_a_table_for_a_terminal(capsys):
 
 
 def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(capsys):
-    plan.main([*HUGE, "--memory", "256", "--json"])
+    plan.main([*HUGE, "--memory", "256", "--json", "--history.user_slots=2"])
     before = capsys.readouterr().out
     remedies = {
         "etl": ["etl.num_shards = 45533"],
@@ -36,8 +36,9 @@ def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(capsys):
             "gid.branching = 128",
             "train.streams = 1024",
             "tables = 'hash'",
+            "eval.mode = 'generative'",
         ],
-        "eval": ["eval.hybrid = 0", "eval.baselines = ['popularity']"],
+        "eval": ["eval.mode = 'generative'", "eval.baselines = ['popularity']"],
     }
     for stage, settings in remedies.items():
         said = " ".join(row(before, stage)["warnings"]).replace("item_table", "tables").replace("user_table", "tables")
@@ -47,7 +48,7 @@ def test_what_does_not_fit_is_said_with_the_setting_that_mends_it(capsys):
     mended = {
         "etl.num_shards": "46080", "cf.method": "als", "train.table_optimizer": "rowwise", "gid.branching": "128",
         "train.streams": "1024", "train.global_batch": "65536", "model.item_table": "hash", "model.user_table": "hash",
-        "eval.hybrid": "0", "eval.baselines": "popularity",
+        "eval.mode": "generative", "eval.baselines": "popularity",
     }  # fmt: skip
     plan.main([*HUGE, "--memory", "4000", "--json", *(f"--{key}={value}" for key, value in mended.items())])
     after = capsys.readouterr().out
