@@ -11,7 +11,7 @@ with as many starts as --starts, each alone, up to --package-items; FAISS's k-me
 lower bound. SSE is the sum of squared distances to the cluster's mean; time is CPU time on one thread.
 
 Trees: the whole tree, K = 32, l by gid.slack, with a process per core; wall time, and the peak memory of this process
-and of its largest worker, each in processes of their own.
+and of its largest worker, each in processes of their own. Beside it the alignment of its codes, which runs on one core.
 
 Writes bench/results/gid.{json,md}. Rows of other sizes that are there already are kept.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from contract.artifacts import git_revision
+from gid.align import align_codes
 from gid.hierarchy import build_tree, cluster_sse, gid_length, prefix_of
 from gid.kmeans import balanced_kmeans
 
@@ -107,6 +108,9 @@ def tree_row(num_items: int) -> dict:
     length, begin, cpu = gid_length(num_items, BRANCHING, SLACK), time.monotonic(), sum(os.times()[:4])
     gids = build_tree(x, BRANCHING, length, HEADROOM, seed=0)
     seconds, cpu = time.monotonic() - begin, sum(os.times()[:4]) - cpu
+    begin = time.process_time()
+    align_codes(x, gids, BRANCHING)
+    align_cpu = time.process_time() - begin
     peak = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     sizes = [np.bincount(prefix_of(gids, level)) for level in range(1, length + 1)]
     assert len(sizes[-1]) == num_items
@@ -115,6 +119,7 @@ def tree_row(num_items: int) -> dict:
         "length": length,
         "seconds": seconds,
         "cpu_seconds": cpu,
+        "align_cpu_seconds": align_cpu,
         "embeddings_gb": data_gb,
         "peak_gb": peak[0],
         "worker_peak_gb": peak[1],
@@ -193,15 +198,16 @@ def markdown(splits: list[dict], trees: list[dict]) -> str:
     lines += [
         "# Whole trees, K = 32",
         "",
-        "| items | l | s | CPU s | embeddings GB | peak GB | worker's peak GB | load | cores |",
+        "| items | l | s | CPU s | alignment CPU s | embeddings GB | peak GB | worker's peak GB | load | cores |",
     ]
-    lines += ["|---" * 9 + "|"]
+    lines += ["|---" * 10 + "|"]
     for row in trees:
         cells = [
             f"{row['items']:,}",
             row["length"],
             f"{row['seconds']:.1f}",
             f"{row['cpu_seconds']:.1f}",
+            f"{row['align_cpu_seconds']:.1f}" if "align_cpu_seconds" in row else "",
             f"{row['embeddings_gb']:.2f}",
         ]
         cells += [f"{row['peak_gb']:.2f}", f"{row['worker_peak_gb']:.2f}", f"{row['load']:.1f}", row["cores"]]

@@ -17,13 +17,13 @@ mkdir -p "$out"
 
 if nvidia-smi -L 2>/dev/null | tee "$out/device.txt" | grep -q ^GPU; then
   python -m pytest -m gpu | tee "$out/tests.txt"
-  speed=(--shapes small,official,base --stages 1,3 --precisions bf16 --peer --steps 20)
+  speed=(--shapes default,small,official,base --stages 1,3 --precisions bf16 --peer --steps 20)
   trees=1000000,10000000
   decode=(--device cuda --shapes pooled,tokens,official --users 16)
 else
   echo "no GPU: CPU ($(nproc) cores)" | tee "$out/device.txt"
   export DS_ACCELERATOR=cpu
-  speed=(--shapes tiny --precisions fp32 --peer --steps 2)
+  speed=(--shapes default,tiny --precisions fp32 --peer --steps 2)
   trees=20000
   decode=(--shapes pooled --growth beams --users 4 --repeats 1)
 fi

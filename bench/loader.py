@@ -3,9 +3,11 @@
     OMP_NUM_THREADS=1 python -m bench.loader --config configs/phone.toml configs/beauty.toml
 
 Reads <work>/corpus and <work>/gid of each config (--runs: the folder of the work folders, if not as configured). The
-batches are those of one rank that has the whole global batch, as torch's DataLoader hands them out, on the CPU and
-not pinned. 'tokens' is the shape of the paper: 10 history items, 256 positions at most, 8 length groups; 'pooled' the
-defaults.
+batches are those of one rank that has the whole global batch, as torch's DataLoader hands them out, on the CPU and not
+pinned. 'causal' is the defaults, where a sample is a history with a target after every item; in the others it is a set
+of items and its one target, with the items that the losses of the paper take, and two users for each of these: 'pooled'
+has a position for each of 20 items, 'tokens' is the shape of the paper: 10 history items, 256 positions at most, 8
+length groups.
 
 samples/s goes by the clock. samples/CPU-s goes by the CPU time of all processes of the loader, the start of the workers
 and the reading of their first shards included; on a busy machine it is the figure to trust. Padding is the share of
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from bench.train import PAPER, TOKENS
 from contract import config as config_module
 from contract.artifacts import git_revision, open_artifact
 from contract.config import Config
@@ -30,13 +33,9 @@ from trainer.inputs import Catalog, read_catalog
 
 RESULTS = Path(__file__).parent / "results"
 ENCODINGS = {
-    "pooled": {"history.encoding": "pooled"},
-    "tokens": {
-        "history.encoding": "tokens",
-        "history.train_items": "10",
-        "history.max_tokens": "256",
-        "train.length_groups": "8",
-    },
+    "causal": {},
+    "pooled": PAPER | {"history.encoding": "pooled"},
+    "tokens": TOKENS | {"train.length_groups": "8"},
 }
 BATCHES, WORKERS = (128, 1024), (0, 1, 2)
 
@@ -47,7 +46,9 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure(config: Config, shards: list[str], catalog: Catalog, epoch_steps: int, workers: int, samples: int) -> dict:
+def measure(
+    name: str, config: Config, shards: list[str], catalog: Catalog, epoch_steps: int, workers: int, samples: int
+) -> dict:
     num_steps = -(-samples // config.train.global_batch)
     data = loader.TrainBatches(config, catalog, shards, 0, 1, range(num_steps), epoch_steps)
     steps = torch.utils.data.DataLoader(data, batch_size=None, collate_fn=loader.pack, num_workers=workers)
@@ -62,7 +63,7 @@ def measure(config: Config, shards: list[str], catalog: Catalog, epoch_steps: in
     share = (num_steps - 1) / num_steps
     return {
         "config": config.name,
-        "encoding": config.history.encoding,
+        "encoding": name,
         "batch": config.train.global_batch,
         "workers": workers,
         "samples/s": share * num_steps * config.train.global_batch / seconds,
@@ -86,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for path in args.config:
-        for encoding in ENCODINGS.values():
+        for name, encoding in ENCODINGS.items():
             for batch in BATCHES:
                 changes = encoding | {"train.global_batch": str(batch), "train.micro_tokens": "0"}
                 changes |= {"work": f"{args.runs}/{Path(path).stem}"} if args.runs else {}
@@ -95,7 +96,7 @@ def main() -> None:
                 shards, catalog = loader.shard_paths(corpus, "train"), read_catalog(corpus, gid)
                 epoch_steps = loader.steps_per_epoch(config, corpus)
                 for workers in WORKERS:
-                    rows.append(measure(config, shards, catalog, epoch_steps, workers, args.samples))
+                    rows.append(measure(name, config, shards, catalog, epoch_steps, workers, args.samples))
                     print(rows[-1], flush=True)
     report(rows)
 

@@ -1,12 +1,17 @@
 """Speed of training: samples/s, tokens/s, MFU, memory and loader share per ZeRO stage and precision, beside a peer.
 
-    OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m bench.train --work runs/phone --config configs/phone.toml --peer
+    OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu python -m bench.train --work runs/phone --config configs/phone.toml
     python -m bench.train --work runs/phone --config configs/phone.toml --shapes official,base --peer --steps 50
 
 Reads <work>/corpus and <work>/gid. Every row is a process of its own, one after the other, on one device. `--peer` is
-the official training loop (bench/train_peer.py), in float32 as that trains. Seconds are wall time; on a CPU that others
-use as well, look at the samples per CPU second. Tokens are encoder positions without padding. MFU is of the peak that
-trainer/flops.py lists; on a CPU, whose peak nobody states, of the matrix product measured in the same process.
+the official training loop (bench/train_peer.py), in float32 as that trains, beside the shapes that train what it does:
+a sample is a set of items and its one target, attention goes both ways, losses and user slots are the paper's. The
+shape 'default' is the config as it is, where a sample is a whole history with a target after every item, so that it has
+no peer; targets/s compares it with the others.
+
+Seconds are wall time; on a CPU that others use as well, look at what is per CPU second, and at the load average beside
+it. Tokens are encoder positions without padding. MFU is of the peak that trainer/flops.py lists; on a CPU, whose peak
+nobody states, of the matrix product measured in the same process.
 Writes bench/results/train.{json,md}; rows of other devices and shapes that are there already are kept.
 """
 
@@ -18,6 +23,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,11 +36,21 @@ from contract.config import Config
 from contract.tracking import Run
 
 RESULTS = Path(__file__).parent / "results"
-TOKENS = {"history.attention": "full", "history.encoding": "tokens"}
-TOKENS |= {"history.max_tokens": "256", "history.train_items": "10"}
+PAPER = {
+    "history.attention": "full",
+    "history.order": "set",
+    "history.user_slots": "2",
+    "loss.rec": "0.08",
+    "loss.index": "0.08",
+    "loss.bpr": "1",
+    "loss.softmax": "0",
+    "loss.contrastive": "0.1",
+}
+TOKENS = PAPER | {"history.encoding": "tokens", "history.max_tokens": "256", "history.train_items": "10"}
 LAYERS = ("d_model", "d_ff", "d_kv", "num_heads", "num_encoder_layers", "num_decoder_layers")
 SHAPES = {
-    "tiny": {"history.encoding": "pooled"},
+    "default": {},
+    "tiny": PAPER | {"history.encoding": "pooled"},
     "small": TOKENS | {f"model.{k}": v for k, v in zip(LAYERS, ("128", "512", "32", "4", "4", "4"), strict=True)},
     "official": TOKENS | {f"model.{k}": v for k, v in zip(LAYERS, ("512", "2048", "64", "8", "6", "6"), strict=True)},
     "base": TOKENS | {f"model.{k}": v for k, v in zip(LAYERS, ("768", "3072", "64", "12", "12", "12"), strict=True)},
@@ -59,7 +75,8 @@ def measure_ours(config: Config, num_steps: int) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(dataclasses.replace(config, work=folder), {})
             training = Training(config, corpus, catalog, engine, checkpoints, Run(), progress)
-        batches = iter(training.batches())
+        num_targets = []  # of each step
+        batches = _counting_targets(training.batches(), num_targets)
         training.step(batches, Window(device))
         window, cpu = Window(device), time.process_time()
         _synchronize(device)
@@ -71,12 +88,19 @@ def measure_ours(config: Config, num_steps: int) -> dict:
         means = window.means()
         flops = means["flops"] / seconds
         return _row(config, device, num_steps, seconds, cpu) | {
+            "targets_per_s": sum(num_targets[1:]) / seconds,
             "tokens_per_s": means["tokens"] / seconds,
             "padding": 1 - means["tokens"] / means["positions"],
             "loader_share": means["loader_seconds"] / seconds,
             "tflops": flops / 1e12,
             "mfu": flops / _peak(device, distributed.uses_bf16(config, device), seconds / cpu),
         }
+
+
+def _counting_targets(steps: Iterable, num_targets: list[int]) -> Iterator:
+    for packed in steps:
+        num_targets.append(sum(micro["lengths"]["decoded user"][0] for micro in packed.layout))
+        yield packed
 
 
 def measure_peer(config: Config, num_steps: int) -> dict:
@@ -124,6 +148,7 @@ def _row(config: Config, device: torch.device, num_steps: int, seconds: float, c
         "samples_per_s": num_samples / seconds,
         "samples_per_cpu_s": num_samples / cpu,
         "peak_gb": peak / 1e9,
+        "load": os.getloadavg()[0],
     }
 
 
@@ -157,13 +182,13 @@ def main() -> None:
     parser.add_argument("--stages", default="1", help="ZeRO stages, separated by commas")
     parser.add_argument("--precisions", default="fp32,bf16", help="separated by commas")
     parser.add_argument("--steps", type=int, default=3, help="steps that count")
-    parser.add_argument("--batch", type=int, default=128, help="targets per step")
-    parser.add_argument("--peer", action="store_true", help="the official training loop as well")
+    parser.add_argument("--batch", type=int, default=128, help="samples per step")
+    parser.add_argument("--peer", action="store_true", help="the official training loop as well, where it is one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours")
     args = parser.parse_args()
     rows = []
     for shape in args.shapes.split(","):
-        if args.peer:
+        if args.peer and shape != "default":
             rows.append(_alone(args, shape, "peer", {}))
         rows += [
             _alone(args, shape, "ours", {"train.zero_stage": stage, "train.precision": precision})
@@ -210,27 +235,24 @@ def _key(row: dict) -> tuple[str, ...]:
 
 def markdown(rows: list[dict]) -> str:
     lines = ["# Speed of training", "", "Command, meaning of the columns: bench/train.py.", ""]
-    head = ["device", "shape", "batch", "loop", "samples/s", "samples/CPU-s", "over the peer", "tokens/s", "padding"]
-    lines += [
-        "| " + " | ".join([*head, "MFU", "peak GB", "loader share", "date"]) + " |",
-        "|---" * (len(head) + 4) + "|",
-    ]
+    head = ["device", "shape", "batch", "loop", "samples/s", "targets/s", "samples/CPU-s", "targets/CPU-s"]
+    head += ["over the peer", "tokens/s", "padding", "MFU", "peak GB", "loader share", "load", "date"]
+    lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     peers = {_case(row): row for row in rows if row["who"] == "peer"}
     for row in rows:
         peer, on_gpu = peers.get(_case(row)), not row["device"].startswith("CPU")
         unit = "samples_per_s" if on_gpu else "samples_per_cpu_s"
         loop = "official" if row["who"] == "peer" else f"ZeRO {row['train.zero_stage']}, {row['train.precision']}"
-        cells = [
-            row["device"],
-            row["shape"],
-            row["batch"],
-            f"{loop} {row['set']}".strip(),
-            f"{row['samples_per_s']:.4g}",
-        ]
-        cells += ["" if on_gpu else f"{row['samples_per_cpu_s']:.4g}", f"{row[unit] / peer[unit]:.2f}" if peer else ""]
+        targets = row.get("targets_per_s", row["samples_per_s"])  # a sample of the peer is a target
+        per_sample = targets / row["samples_per_s"]
+        cells = [row["device"], row["shape"], row["batch"], f"{loop} {row['set']}".strip()]
+        cells += [f"{row['samples_per_s']:.4g}", f"{targets:.4g}"]
+        cells += ["", ""] if on_gpu else [f"{row['samples_per_cpu_s'] * n:.4g}" for n in (1, per_sample)]
+        cells += [f"{row[unit] / peer[unit]:.2f}" if peer else ""]
         cells += [f"{row['tokens_per_s']:.4g}", f"{row['padding']:.1%}"]
-        cells += [f"{row[name]:.1%}" if name in row else "" for name in ("mfu",)]
-        cells += [f"{row['peak_gb']:.1f}", f"{row['loader_share']:.1%}" if "loader_share" in row else "", row["date"]]
+        cells += [f"{row['mfu']:.1%}" if "mfu" in row else "", f"{row['peak_gb']:.1f}"]
+        cells += [f"{row['loader_share']:.1%}" if "loader_share" in row else ""]
+        cells += [f"{row['load']:.1f}" if "load" in row else "", row["date"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -409,6 +409,7 @@ def train_rate(config: Config) -> float:
         widths[r["shape"]]: r["tflops"] * 1e12 * r["samples_per_cpu_s"] / r["samples_per_s"]
         for r in measured("train")
         if r["who"] == "ours" and r["device"] == "CPU, 1 thread" and r["train.precision"] == precision
+        if r["shape"] in widths
     }
     return _between({64: _small_steps()[0]} | rates, config.model.d_model)
 

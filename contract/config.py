@@ -238,8 +238,8 @@ class Loss:
     bpr: float = _opt(0.0, "the user ranks the positive above the negative item (the paper's ranking loss)", low=0)
     softmax: float = _opt(
         1.0,
-        "cross-entropy of the positive given the user, among the targets of the batch and train.negatives more items, "
-        "corrected for how often they are drawn",
+        "cross-entropy of the positive given the user, among train.negatives items drawn at random, corrected for how "
+        "often they are drawn",
         low=0,
     )
     contrastive: float = _opt(0.0, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)

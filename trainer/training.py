@@ -88,8 +88,9 @@ class Training:
     def facts(self) -> dict[str, str]:
         """What the model card says of the training."""
         state = self.state
+        samples = "histories" if self.config.history.attention == "causal" else "targets"
         return {
-            "training": f"{state['step']} steps of {self.config.train.global_batch} targets, seed {self.config.seed}",
+            "training": f"{state['step']} steps of {self.config.train.global_batch} {samples}, seed {self.config.seed}",
             "valid loss": f"{state['best']['rec']:.4f}",
             **{f"valid {name}": f"{state['best'][name]:.4f}" for name in ("recall@10", "ndcg@10")},
             "kept": f"the weights after epoch {state['best_epoch']:g}, the best by {self.config.train.best}",

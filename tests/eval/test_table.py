@@ -144,14 +144,17 @@ def test_what_is_not_results_is_refused(text, tmp_path):
         ),
         ({"eval.hybrid": "0"}, {"decoding": "100 beams over the GIDs of all items"}),
         ({"eval.mode": "dense"}, {"decoding": "all items by h(X_u) . h(X_i)"}),
-        ({"eval.beams": "567"}, {"decoding": "the GIDs of all items, ranked by log p + 4 h(X_u) . h(X_i)"}),
+        (
+            {"eval.beams": "567", "eval.hybrid": "4"},
+            {"decoding": "the GIDs of all items, ranked by log p + 4 h(X_u) . h(X_i)"},
+        ),
         ({"eval.exhaustive": "true", "eval.mode": "generative"}, {"decoding": "the GIDs of all items"}),
         ({"etl.split": "random"}, {"split": "at random, 0.8:0.1:0.1 of each user's items"}),
     ],
 )
 def test_the_protocol_says_what_was_compared(overrides, expected, tmp_path):
     file = tmp_path / "small.toml"
-    file.write_text("[loss]\nindex = 1\n")
+    file.write_text("[loss]\nrec = 1\nindex = 1\ncontrastive = 0.1\n")
     facts = table.protocol(config_module.load(str(file), overrides), 1234, 567, "2 x CPU", trained="3 min")
     assert facts.items() >= expected.items()
     assert facts["data"].startswith("small: 1,234 ")

@@ -38,9 +38,9 @@ def expected(data, group):
     return runs.fit(data)[0]["train/loss"]
 
 
-def plain_losses(data):
+def plain_losses(data, **settings):
     """The losses of a loop of PyTorch alone, from the same weights and batches."""
-    config = tiny.tiny_config(data, train__max_steps="20")
+    config = tiny.tiny_config(data, train__max_steps="20", **settings)
     corpus = open_artifact(config, "corpus")
     catalog = read_catalog(corpus, open_artifact(config, "gid"))
     torch.manual_seed(config.seed)
@@ -107,7 +107,21 @@ def test_two_ranks_and_resuming_anywhere_give_the_same_losses(new_work, expected
     assert back["train/loss"] == pytest.approx(expected[14:], **TOLERANCE)
 
 
-def test_the_softmax_over_the_items_of_all_ranks_is_that_of_one_rank(new_work, tmp_path):
+def test_causal_attention_has_one_loss_curve_too(data, new_work, tmp_path):
+    settings = {"history.attention": "causal"}
+    expected = runs.fit(new_work("whole"), settings)[0]["train/loss"]
+    assert plain_losses(data, history__attention="causal") == pytest.approx(expected, **TOLERANCE)
+    cut = settings | {"train.zero_stage": "3", "train.micro_tokens": "60"}
+    first = runs.fit(new_work("cut"), cut, stop=8)[0]["train/loss"]
+    new_work("ranks")
+    again = [{"name": "ranks", "set": settings}, {"name": "cut", "set": cut, "resume": True}]
+    two, rest = (record["train/loss"] for record in runs.on_ranks(2, tmp_path, again))
+    assert two == pytest.approx(expected, **TOLERANCE)
+    assert len(first) == 8
+    assert first + rest == pytest.approx(expected, **TOLERANCE)
+
+
+def test_the_softmax_over_the_random_items_of_all_ranks_is_that_of_one_rank(new_work, tmp_path):
     settings = {"loss.softmax": "1", "loss.bpr": "0"}
     one, _ = runs.fit(new_work("softmax-1"), settings)
     new_work("softmax-2")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bench.decode_peer import GeneratePeer, PrefixTree, generate
+from contract import config as config_module
 from contract.artifacts import STAGES, open_artifact
 from contract.config import to_toml
 from gid.tree import GidTree
@@ -17,7 +18,7 @@ from tests.trainer import runs
 from trainer import dense, distributed, loader
 from trainer.beam import beam_search
 from trainer.main import main as train
-from trainer.recommender import load
+from trainer.recommender import load, with_chosen_weight
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -108,6 +109,36 @@ def test_a_hybrid_without_weight_is_generative(trained, recommender):
         assert set(found) == {"item_idx", "score"}
         assert torch.equal(found["item_idx"], expected["item_idx"])
         assert torch.equal(found["score"], expected["score"])
+
+
+def test_without_a_weight_set_the_one_of_the_best_validation_ranks(trained, recommender):
+    config, inputs = trained
+    chosen = config_module.replace(config, {"eval.hybrid": -1.0})
+    model = with_best(inputs["model"], {"ndcg@10": 0.1, "hybrid": 8.0})
+    assert with_chosen_weight(chosen, model) == config_module.replace(config, {"eval.hybrid": 8.0})
+    assert with_chosen_weight(config, model) == config  # 0.5 is set
+
+    made = load(chosen, inputs | {"model": model}, CPU)
+    batch = next(batches(made, inputs, 60))
+    found, expected = made.recommend(batch, 8), recommender(hybrid=8.0).recommend(batch, 8)
+    for name in ("item_idx", "score"):
+        assert torch.equal(found[name], expected[name])
+
+
+def test_a_model_that_no_weight_was_chosen_for_ranks_by_the_beam_alone(trained, recommender):
+    config, inputs = trained
+    model = with_best(inputs["model"], {"ndcg@10": 0.1})  # trained with eval.mode = "generative"
+    made = load(config_module.replace(config, {"eval.hybrid": -1.0}), inputs | {"model": model}, CPU)
+    batch = next(batches(made, inputs, 60))
+    found, expected = made.recommend(batch, 8), recommender(mode="generative").recommend(batch, 8)
+    assert set(found) == {"item_idx", "score"}
+    assert torch.equal(found["item_idx"], expected["item_idx"])
+
+
+def with_best(model, best):
+    """The artifact of a model of which its best validation measured something else."""
+    counts = model.counts | {"best": best}
+    return dataclasses.replace(model, manifest=model.manifest | {"counts": counts})
 
 
 def test_lists_do_not_depend_on_the_size_of_a_batch(trained, recommender):

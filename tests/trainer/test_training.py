@@ -10,14 +10,15 @@ import pytest
 import safetensors.torch
 import torch
 
+from contract import config as config_module
 from contract.artifacts import open_artifact
 from tests import tiny
 from tests.trainer import runs
-from trainer import engine_state, loader, samples
+from trainer import dense, engine_state, loader, samples
 from trainer.inputs import read_catalog
 from trainer.model import ColaRec
 from trainer.training import SIGNALS, learning_rate
-from trainer.validation import validate
+from trainer.validation import WEIGHTS, validate
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +44,85 @@ def test_learning_rates(tmp_path, schedule, expected):
     assert [learning_rate(config, step, 10) for step in range(10)] == pytest.approx(expected)
 
 
-def test_validation_equals_the_ranking_of_all_items(tmp_path, group):
-    config, corpus, catalog, net = tiny.tiny_room(tmp_path / "work", train__eval_beams="40", train__eval_users="0")
-    with torch.no_grad():
-        net.codebook_TKD.mul_(30)  # far from uniform, so that ranks do not hang on rounding
-    found = validate(config, corpus, catalog, net, torch.device("cpu"), lambda: None)
+@torch.no_grad()
+def log_p_of_all_items(net, catalog, batch):
+    """(B, 40, l): of the codes of every item."""
+    rows = torch.arange(len(batch["user_idx"])).repeat_interleave(40)
+    every = batch | {"pair_row": rows, "pair_gid": torch.from_numpy(catalog.gids[1:]).repeat(len(rows) // 40, 1)}
+    return net.gid_log_likelihood(net.encode(batch["user"]), every).view(-1, 40, catalog.gids.shape[1])
 
-    recall, ndcg, losses = [], [], []
-    for batch in loader.eval_batches(config, catalog, corpus, "valid", 7, 0, 1):
-        rows = torch.arange(len(batch["user_idx"])).repeat_interleave(40)
-        every = batch | {"pair_row": rows, "pair_gid": torch.from_numpy(catalog.gids[1:]).repeat(len(rows) // 40, 1)}
+
+def ranks(score, batch):
+    """The rank of each user's target, from 0, by the scores (B, 40) of all items but those seen."""
+    score = score.clone()
+    score[batch["seen_row"], batch["seen_item"] - 1] = -math.inf
+    target = score[batch["pair_row"], batch["pair_item"] - 1]
+    return (score > target[:, None]).sum(1).tolist()
+
+
+def ndcg_at_10(ranks):
+    return np.mean([(rank < 10) / math.log2(rank + 2) for rank in ranks])
+
+
+@pytest.fixture
+def valid_room(tmp_path, group):
+    """A function (**overrides) -> (config, corpus, catalog, an untrained model, valid batches)."""
+
+    def make(**overrides):
+        every = {"train__eval_beams": "40", "train__eval_users": "0"}
+        config, corpus, catalog, net = tiny.tiny_room(tmp_path / "work", **every, **overrides)
         with torch.no_grad():
-            per_level = -net.gid_log_likelihood(net.encode(batch["user"]), every).view(-1, 40, catalog.gids.shape[1])
-        for user in range(len(per_level)):
-            target = batch["pair_item"][batch["pair_row"] == user].item()
-            losses.append(per_level[user, target - 1].mean().item())
-            cost = per_level[user].sum(-1)
-            cost[batch["seen_item"][batch["seen_row"] == user] - 1] = math.inf
-            rank = int((cost < cost[target - 1]).sum())
-            recall.append(rank < 10)
-            ndcg.append((rank < 10) / math.log2(rank + 2))
-    assert found["num_users"] == len(recall) == 60
+            net.codebook_TKD.mul_(30)  # far from uniform, so that ranks do not hang on rounding
+        batches = list(loader.eval_batches(config, catalog, corpus, "valid", 7, 0, 1))
+        return config, corpus, catalog, net, batches
+
+    return make
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_validation_equals_the_ranking_of_all_items(valid_room, attention):
+    config, corpus, catalog, net, batches = valid_room(history__attention=attention)
+    found = validate(config, corpus, catalog, net, torch.device("cpu"), lambda: None)
+    losses, places = [], []
+    for batch in batches:
+        log_p = log_p_of_all_items(net, catalog, batch)
+        losses += (-log_p[batch["pair_row"], batch["pair_item"] - 1].mean(1)).tolist()
+        places += ranks(log_p.sum(-1), batch)
+    assert found["num_users"] == len(places) == 60
     assert found["rec"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert found["recall@10"] == pytest.approx(np.mean(recall))
-    assert found["ndcg@10"] == pytest.approx(np.mean(ndcg))
+    assert found["recall@10"] == pytest.approx(np.mean([rank < 10 for rank in places]))
+    assert found["ndcg@10"] == pytest.approx(ndcg_at_10(places))
+    assert "hybrid" not in found
+
+
+def test_validation_chooses_the_weight_that_ranks_best(valid_room):
+    config, corpus, catalog, net, batches = valid_room(history__attention="causal", eval__hybrid="-1")
+    with torch.no_grad():
+        net.item.weight.mul_(20)  # both scores count: log p decides with low weights, h . v with high ones
+    ndcg = {}
+    for weight in WEIGHTS:
+        places = []
+        for batch in batches:
+            h = net.encode(batch["user"])[torch.arange(len(batch["user_idx"])), batch["user"]["eos"]]
+            v = dense.item_vectors(config, net, catalog, torch.device("cpu"), np.arange(1, 41))
+            places += ranks(log_p_of_all_items(net, catalog, batch).sum(-1) + weight * (h @ v.T), batch)
+        ndcg[weight] = ndcg_at_10(places)
+    best = max(ndcg, key=ndcg.get)
+    assert len(set(ndcg.values())) > 4  # the weight matters
+
+    found = validate(config, corpus, catalog, net, torch.device("cpu"), lambda: None)
+    assert found["hybrid"] == best
+    assert found["ndcg@10"] == pytest.approx(ndcg[best])
+    for mode in ("generative", "dense"):
+        alone = config_module.replace(config, {"eval.mode": mode})
+        half = validate(alone, corpus, catalog, net, torch.device("cpu"), lambda: None)
+        assert found[f"{mode}_ndcg@10"] == pytest.approx(half["ndcg@10"])
+        assert "hybrid" not in half
+    worst = min(ndcg, key=ndcg.get)
+    given = config_module.replace(config, {"eval.hybrid": worst})  # one that is set stands
+    found = validate(given, corpus, catalog, net, torch.device("cpu"), lambda: None)
+    assert found["hybrid"] == worst
+    assert found["ndcg@10"] == pytest.approx(ndcg[worst])
 
 
 def test_the_sample_is_the_same_at_any_number_of_ranks(data):
@@ -103,13 +159,14 @@ def test_users_are_taken_with_their_events(data):
 
 
 def test_the_best_weights_by_ndcg_are_kept_and_patience_ends_the_run(work):
-    settings = {"train.eval_every": "2", "train.patience": "3", "train.max_steps": "200", "train.schedule": "constant"}
+    settings = {"train.eval_every": "20", "train.patience": "1", "train.max_steps": "900", "train.lr": "1e-2"}
+    settings |= {"train.log_every": "50", "history.attention": "causal", "eval.hybrid": "-1"}
     record, training = runs.fit(work, settings)
     ndcg = record["valid/ndcg@10"]
     assert 4 < len(ndcg) < 100
     best = int(np.argmax(ndcg))
-    assert len(ndcg) == best + 1 + 3  # validations: of the start, and after each two steps
-    assert training.state["best"]["step"] == 2 * best
+    assert len(ndcg) == best + 1 + 1  # validations: of the start, and after each 20 steps
+    assert training.state["best"]["step"] == 20 * best
     assert training.state["best"]["ndcg@10"] == max(ndcg)
 
     # The weights that were kept give what was measured.
@@ -118,6 +175,7 @@ def test_the_best_weights_by_ndcg_are_kept_and_patience_ends_the_run(work):
     device = torch.device("cpu")
     again = validate(training.config, training.corpus, training.catalog, net.eval(), device, lambda: None)
     assert again["ndcg@10"] == pytest.approx(max(ndcg))
+    assert again["hybrid"] == training.state["best"]["hybrid"] == record["valid/hybrid"][best]
 
 
 @pytest.mark.parametrize("stage", ["1", "3"])
