@@ -45,6 +45,8 @@ def validate(
     Raises:
         ValueError: the corpus has no valid users.
     """
+    if config.eval.hybrid < 0 and not (config.loss.softmax or config.loss.bpr):
+        config = config_module.replace(config, {"eval.hybrid": 0.0})  # nothing trains the ranking score
     recommender = Recommender(
         config_module.replace(config, {"eval.beams": max(config.train.eval_beams, *config.eval.cutoffs)}),
         catalog, model, device,
