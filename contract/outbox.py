@@ -10,6 +10,7 @@ for one: a metric by name, step, time and value, all of which the record holds; 
 """
 
 import argparse
+import contextlib
 import fcntl
 import itertools
 import json
@@ -106,6 +107,8 @@ class Outbox:
             self._left = len(self._unsent(None)[0])
             if not self._left and not (self._folder / REFUSED).exists():
                 shutil.rmtree(self._folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # those of other runs are there
+                    self._folder.parent.rmdir()
             self._handle.close()
 
     def send_some(self) -> int:
@@ -235,8 +238,8 @@ def send(folder: Path, report: Callable[[str], None]) -> int:
 def _locked(folder: Path, wait: bool):
     """The file of records, open for appending and locked by this process."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             handle = (folder / RECORDS).open("ab+", buffering=0)
         except FileNotFoundError:  # removed since: all had arrived
             continue

@@ -14,11 +14,11 @@ from contract import schema
 from contract.artifacts import Artifact
 from contract.config import Config
 from contract.schema import Ragged
-from eval.decode import Recommender
 from eval.items import ItemNames, nearest
 from trainer import inputs, samples
 from trainer.inputs import Catalog
 from trainer.loader import to_tensors
+from trainer.recommender import Recommender
 
 
 @dataclass(frozen=True)

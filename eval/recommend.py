@@ -27,12 +27,12 @@ from contract.artifacts import STAGES, Artifact, exclusively, open_artifact
 from contract.cli import RANK, Progress
 from contract.config import Config
 from eval import people
-from eval.decode import Recommender
 from eval.items import ItemNames, choose, read_names
 from eval.known import Histories, find_users
 from eval.parts import Parts
 from trainer import loader
 from trainer.distributed import process_group
+from trainer.recommender import Recommender, load
 
 USAGE = "[--users FILE] [--out FILE] | --history WORDS, and [-k K] [--only IDS] [--exclude IDS]"
 # Parts are to be so many that ranks end together, and so large that a hundred million users make few files.
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     if given.history:
         if RANK == 0:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            recommender = Recommender(config, inputs, device, candidates)
+            recommender = load(config, inputs, device, candidates)
             reader = people.Reader(config, inputs["corpus"], recommender.catalog, names)
             people.show(recommender, reader, given.history, k)
         return None
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
         if len(missing) < len(slices):
             progress(f"goes on: {len(slices) - len(missing)} of {len(slices)} parts are there")
         dist.barrier()  # all ranks have seen the same parts
-        recommender, histories = Recommender(config, inputs, device, candidates), Histories(inputs["corpus"].path)
+        recommender, histories = load(config, inputs, device, candidates), Histories(inputs["corpus"].path)
         mine, start, num_done = missing[rank::world_size], time.monotonic(), 0
         try:
             for number, part in enumerate(mine, 1):

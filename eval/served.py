@@ -20,10 +20,10 @@ from contract import config as config_module
 from contract import schema
 from contract.artifacts import MANIFEST, STAGES, Artifact
 from eval import people
-from eval.decode import Recommender
 from eval.items import indices, read_names
 from trainer.beam import best_items
 from trainer.loader import to_tensors
+from trainer.recommender import load
 
 WORK = "work"  # the artifact: a work folder with what is needed of it
 DEFAULT_K = 10
@@ -51,7 +51,7 @@ class Served(mlflow.pyfunc.PythonModel):
             for need in STAGES["eval"].needs
         }
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._recommender = Recommender(self._config, inputs, device)
+        self._recommender = load(self._config, inputs, device)
         self._names = read_names(inputs["corpus"].path)
         self._reader = people.Reader(self._config, inputs["corpus"], self._recommender.catalog, self._names)
 

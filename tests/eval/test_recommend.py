@@ -13,12 +13,12 @@ import torch
 from contract.artifacts import exclusively, open_artifact
 from contract.config import to_toml
 from eval import people
-from eval.decode import Recommender
 from eval.items import read_names
 from eval.parts import Parts
 from eval.recommend import main
 from tests import tiny
 from trainer.main import main as train
+from trainer.recommender import load
 
 ENV = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
@@ -69,7 +69,7 @@ def test_all_users_on_one_rank_and_on_two(trained, tmp_path):
 
     # The same of a user who is told as a person.
     inputs = {need: open_artifact(config, need) for need in ("corpus", "gid", "model")}
-    recommender = Recommender(config, inputs, torch.device("cpu"))
+    recommender = load(config, inputs, torch.device("cpu"))
     reader = people.Reader(config, inputs["corpus"], recommender.catalog, read_names(inputs["corpus"].path))
     for user in (1, 17):
         acts = [reader.act(f"i{i}", 3_600_000 * t, tiny.EVENTS[i % 2]) for t, i in enumerate(users[user - 1])]
