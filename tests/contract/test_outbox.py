@@ -178,7 +178,7 @@ def test_refused_and_torn_records_hold_up_no_other(tmp_path, capsys):
         outbox.main([str(settings.work_dir)])
     assert f"run {run.run_id} is left to the stage" in capsys.readouterr().out
     folder = settings.work_dir / outbox.QUEUE / run.run_id
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / outbox.URI).write_text(settings.tracking.uri)
     lines = [json.dumps({"time": 1, "step": step, "metrics": {name: 2.0}}) for step, name in ((2, "loss"), (3, "no:?"))]
     (folder / outbox.RECORDS).write_text("\n" + "\n".join(lines) + '\n{"time": 1, "st')
