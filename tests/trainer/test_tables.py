@@ -20,7 +20,7 @@ from tests import tiny
 from tests.trainer import runs
 from trainer import tables
 from trainer.main import main as train
-from trainer.model import ColaRec, ColaRecConfig, init_items
+from trainer.model import EMBEDDING_STD, ColaRec, ColaRecConfig, init_items
 from trainer.tables import Addresses, RowwiseEmbedding, Shard
 
 ALONE = Shard(0, 1)
@@ -71,8 +71,8 @@ def test_hashed_vectors_start_like_exact_ones(functions):
     for shard in (None, ALONE):
         vectors = ColaRec(config, shard).item(torch.arange(2001)).detach()
         assert vectors[0].abs().sum() == 0
-        assert vectors[1:].std() == pytest.approx(0.1, rel=0.03)
-        assert vectors[1:].mean() == pytest.approx(0, abs=0.002)
+        assert vectors[1:].std() == pytest.approx(EMBEDDING_STD, rel=0.03)
+        assert vectors[1:].mean() == pytest.approx(0, abs=0.001)
 
 
 def test_the_vector_of_an_id_is_the_sum_of_its_rows():
