@@ -44,15 +44,7 @@ def test_all_users_on_one_rank_and_on_two(trained, tmp_path):
     config, file, users = trained
     main(["--config", str(file), "--out", str(tmp_path / "one.parquet"), "-k", "6", "--titles"])
     one = rows(tmp_path / "one.parquet")
-    words = [
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_accelerators",
-        "2",
-        "--master_port",
-        "29523",
-        "eval/recommend.py",
-    ]
+    words = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29523"]
     words += ["eval/recommend.py", "--config", str(file), "--out", str(tmp_path / "two.parquet"), "-k", "6", "--titles"]
     done = subprocess.run([sys.executable, *words], env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
