@@ -56,7 +56,7 @@ mlflow: setup  ## MLflow on the runs of this machine
 	@echo "open $(MLFLOW_PAGE)"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --workers 1
 
-test: setup  ## the tests that need no GPU and no SLURM, in some seven minutes
+test: setup  ## the tests that need no GPU and no SLURM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm and not gpu" $(ARGS)
 
 slurm: setup  ## the tests on a SLURM cluster, see docs/cluster.md
