@@ -174,7 +174,7 @@ class History:
     order: str = _opt(
         "time",
         "'time': what came before the target, in time order, with recency, time gap and event type embedded; "
-        "'set': a sample of the user's other items (the paper)",
+        "'set': a sample of the user's other items (the paper), for logs whose order means nothing",
         ("time", "set"),
     )
     encoding: str = _opt(
@@ -185,8 +185,9 @@ class History:
     )
     attention: str = _opt(
         "causal",
-        "'causal': the encoder reads a history once, from left to right, and every item in it but the first is a "
-        "target (order 'time', encoding 'pooled'); 'full': in both directions, anew for each target (the paper)",
+        "'causal': the encoder reads a history once, from left to right (a set in a new random order in each epoch), and "
+        "every item in it but the first is a target (encoding 'pooled'); 'full': in both directions, anew for each "
+        "target (the paper)",
         ("causal", "full"),
     )
     content: bool = _opt(True, "the encoder reads the items' texts; false: items are known by their embeddings alone")
@@ -556,10 +557,10 @@ def _check(config: Config) -> None:
     if etl.split in ("temporal", "otto") and config.data.time_unit == "order":
         raise ValueError(f"etl.split = {etl.split!r} goes by the clock, and data.time_unit = 'order' knows no dates")
     history = config.history
-    if history.attention == "causal" and (history.order, history.encoding) != ("time", "pooled"):
+    if history.attention == "causal" and history.encoding != "pooled":
         raise ValueError(
-            f"history.attention = 'causal' needs order 'time' and encoding 'pooled', not {history.order!r} and "
-            f"{history.encoding!r}: set history.attention = 'full'"
+            f"history.attention = 'causal' needs encoding 'pooled', not {history.encoding!r}: set history.attention = "
+            "'full'"
         )
     if config.model.item_table == "none" and not config.history.content:
         raise ValueError("model.item_table = 'none' and history.content = false: the encoder would know no item apart")

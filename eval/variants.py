@@ -56,12 +56,12 @@ def variants(config: Config) -> list[Variant]:
             {"model.item_table": "none", "history.user_slots": 0},
         ),
         Variant("attention_full", "both directions, a history for each target", {"history.attention": "full"}),
-        # Causal attention is for pooled histories in time order: without it, so is what these are compared with.
         Variant(
             f"order_{order}",
             {"set": "histories as sets", "time": "histories in time order"}[order],
-            {"history.order": order, "history.attention": "full"},
+            {"history.order": order},
         ),
+        # Causal attention is for pooled histories: what this is compared with is attention_full.
         Variant(
             f"encoding_{encoding}",
             {"tokens": "an encoder position per token", "pooled": "an encoder position per item"}[encoding],

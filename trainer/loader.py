@@ -298,6 +298,8 @@ class Stream:
             for shard in self._order:
                 rng = np.random.default_rng([*self._seed, shard, again])
                 for block in samples.read_blocks(self._shards[shard]):
+                    if (self._config.history.order, self._config.history.attention) == ("set", "causal"):
+                        block = samples.in_random_order(block, rng)
                     targets = samples.train_targets(self._config, block, rng)
                     found |= len(targets) > 0
                     yield block, rng.permutation(targets)

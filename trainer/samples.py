@@ -113,12 +113,22 @@ def take_users(block: Block, rows: np.ndarray) -> Block:
     return Block(block.user_idx[rows], block.item_idx.take(rows), *columns, block.shard)
 
 
+def in_random_order(block: Block, rng: np.random.Generator) -> Block:
+    """The events of each user shuffled, one of each item: what a causal encoder reads of order 'set'."""
+    event = np.lexsort((rng.random(len(block.ts)), block.row))
+    first = np.unique(pair_key(block.row, block.item_idx.values[event]), return_index=True)[1]
+    event = event[np.sort(first)]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(block.row[event], minlength=len(block.user_idx)))])
+    columns = (block.ts[event], block.event[event], block.is_target[event])
+    return Block(block.user_idx, Ragged(block.item_idx.values[event], offsets), *columns, block.shard)
+
+
 def train_targets(config: Config, block: Block, rng: np.random.Generator) -> np.ndarray:
     """int64 (T,): events that can be predicted from at least one other item of their user.
 
     In order 'time' these are all but a user's first; in order 'set' all, for users with two events and more. With
-    causal attention they are one of each user: the last of a window, whose other events are targets as well; windows
-    of users with more events than a window holds are drawn.
+    causal attention, for which a set is `in_random_order`, they are one of each user: the last of a window, whose other
+    events are targets as well; windows of users with more events than a window holds are drawn.
     """
     lengths = block.item_idx.lengths
     if config.history.attention == "causal":
@@ -137,7 +147,7 @@ def train_histories(
     """What is visible of the user at each target event (T,): never the target; in order 'time' only earlier events."""
     row = block.row[targets]
     begin, end = block.item_idx.offsets[row], block.item_idx.offsets[row + 1]
-    if config.history.order == "time":
+    if config.history.order == "time" or config.history.attention == "causal":
         return _window(config, catalog, block, begin, targets, config.history.train_items)
     return _sample(catalog, block, begin, end, targets, config.history.train_items, rng)
 
@@ -163,6 +173,8 @@ def _window(
     filled = column < length
     event = np.where(filled, end[:, None] - length + column, 0)
     history = _lookup(block, event, filled)
+    if config.history.order == "set":
+        return replace(history, event=np.zeros_like(history.event))
     causal = config.history.attention == "causal"
     if not catalog.has_time:
         gap = np.zeros_like(history.gap)

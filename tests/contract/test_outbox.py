@@ -176,8 +176,10 @@ def test_refused_and_torn_records_hold_up_no_other(tmp_path, capsys):
     with track(settings, "gid") as run:
         run.metrics({"loss": 1.0}, 1)
         outbox.main([str(settings.work_dir)])
-    assert f"run {run.run_id} is left to the stage" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"run {run.run_id} is left to the stage" in output
     folder = settings.work_dir / outbox.QUEUE / run.run_id
+    assert not folder.exists(), output
     folder.mkdir(parents=True)
     (folder / outbox.URI).write_text(settings.tracking.uri)
     lines = [json.dumps({"time": 1, "step": step, "metrics": {name: 2.0}}) for step, name in ((2, "loss"), (3, "no:?"))]

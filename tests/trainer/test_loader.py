@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from contract import config as config_module
 from contract.artifacts import open_artifact
 from contract.schema import Ragged
 from tests import tiny
@@ -311,6 +312,38 @@ def test_causal_windows_have_a_target_after_every_item(causal):
             assert batch["user"]["eos"][row] == len(history)
         assert batch["next_gid"].tolist() == catalog.gids[item].tolist()
     assert len(met) > 50
+
+
+def test_causal_sets_come_in_an_order_of_their_own_in_each_epoch(causal):
+    config, corpus, catalog = causal
+    config = config_module.replace(config, {"history.order": "set"})
+    users = [set(s[:-2].tolist()) for s in tiny.sequences(60, 40)]
+    shards, orders = loader.shard_paths(corpus, "train"), defaultdict(set)
+    for (batch,) in loader.TrainBatches(config, catalog, shards, 0, 1, range(12), 4):
+        item = batch["candidate"]["item"][batch["next"]]
+        assert not batch["user"]["event"].any() and not batch["user"]["gap"].any()
+        for row in range(len(batch["user"]["item"])):
+            targets = item[batch["next_row"] == row].tolist()
+            window = (int(batch["user"]["item"][row, 1]), *targets)
+            assert [i for i in batch["user"]["item"][row].tolist() if i] == list(window[:-1])
+            assert len(set(window)) == len(window)
+            assert any(user >= set(window) and len(window) == min(len(user), 6) for user in users)
+            orders[frozenset(window)].add(window)
+    assert sum(map(len, orders.values())) > 1.5 * len(orders)
+
+
+def test_an_item_that_a_user_has_twice_is_in_a_set_once():
+    items = Ragged(np.array([4, 4, 7, 5, 4, 9], np.int32), np.array([0, 3, 3, 6]))
+    ts = np.arange(6)
+    block = samples.Block(np.array([1, 2, 3]), items, ts, np.ones(6, np.int8), ts < 0, "shard")
+    seen = set()
+    for seed in range(20):
+        shuffled = samples.in_random_order(block, np.random.default_rng(seed))
+        assert shuffled.item_idx.offsets.tolist() == [0, 2, 2, 5]
+        assert sorted(shuffled.item_idx.row(0)) == [4, 7] and sorted(shuffled.item_idx.row(2)) == [4, 5, 9]
+        assert (items.values[shuffled.ts] == shuffled.item_idx.values).all()
+        seen.add(tuple(shuffled.ts[:2]))
+    assert seen == {(0, 2), (1, 2), (2, 0), (2, 1)}
 
 
 def test_causal_gaps_are_those_to_the_event_before(causal):
