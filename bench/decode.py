@@ -34,7 +34,7 @@ SHAPES = {
     "tokens": {"d_model": 64, "d_ff": 256, "d_kv": 16, "num_heads": 4, "num_decoder_layers": 2, "positions": 256},
     "official": {"d_model": 512, "d_ff": 2048, "d_kv": 64, "num_heads": 8, "num_decoder_layers": 6, "positions": 256},
 }
-BASE = {"shape": "pooled", "items": 10_000, "K": 32, "l": 3, "beams": 100}
+BASE = {"shape": "pooled", "codebooks": "prefix", "items": 10_000, "K": 32, "l": 3, "beams": 100}
 GROWTH = {
     "beams": [{"beams": n} for n in (10, 50, 100, 200, 500)],
     "l": [{"l": n, "K": 32, "items": 1000} for n in (2, 3, 4, 5)],
@@ -66,15 +66,18 @@ def random_gids(num_items: int, branching: int, length: int, seed: int = 0) -> n
     return paths[:, None] // branching ** np.arange(length)[::-1] % branching
 
 
-def random_model(shape: str, branching: int, length: int) -> ColaRec:
-    """A model whose codes differ in probability as those of a trained one do."""
-    sizes = {name: size for name, size in SHAPES[shape].items() if name != "positions"}
+def random_model(case: dict) -> tuple[ColaRec, torch.Tensor | None]:
+    """A model whose codes differ in probability as those of a trained one do, and v_i where its leaves are items."""
+    sizes = {name: size for name, size in SHAPES[case["shape"]].items() if name != "positions"}
+    sizes |= {"gid_length": case["l"], "branching": case["K"], "codebooks": case["codebooks"]}
     torch.manual_seed(0)
-    model = ColaRec(ColaRecConfig(gid_length=length, branching=branching, num_encoder_layers=1, dropout=0.0, **sizes))
+    model = ColaRec(ColaRecConfig(num_encoder_layers=1, dropout=0.0, **sizes))
     with torch.no_grad():
-        model.codebook_TKD.mul_(30)
+        for codes in (model.codebook_TKD, *model.prefix_codebooks):
+            codes.mul_(30)
         model.start_D.mul_(10)
-    return model.eval()
+    v_ID = torch.randn(case["items"] + 1, sizes["d_model"]) if model.config.leaves_are_items else None
+    return model.eval(), v_ID
 
 
 def random_users(shape: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,19 +108,20 @@ def measure(case: dict, users: int, device: torch.device, repeats: int, peer: bo
     begin = time.process_time()
     tree = GidTree(gids, case["K"])
     facts = {"tree_seconds": time.process_time() - begin, "tree_bytes": tree.num_bytes}
-    tree, model = tree.to(device), random_model(case["shape"], case["K"], case["l"]).to(device)
+    tree, (model, v) = tree.to(device), random_model(case)
+    model, v = model.to(device), None if v is None else v.to(device)
     states, mask = (tensor.to(device) for tensor in random_users(case["shape"], users))
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} thread"
     row = case | {"device": name, "users": users}
 
     def ours() -> torch.Tensor:
-        return beam_search(model, tree, {"mask": mask}, case["beams"], case["beams"], states_BLD=states)[0]
+        return beam_search(model, tree, {"mask": mask}, case["beams"], case["beams"], states_BLD=states, v_ID=v)[0]
 
     items, taken = seconds(ours, device, repeats)
     rows = [row | facts | {"who": "ours", "seconds": taken / users, "load": os.getloadavg()[0]}]
     if peer:
-        like, prefixes = GeneratePeer(model), PrefixTree(gids)
+        like, prefixes = GeneratePeer(model, gids, v), PrefixTree(gids)
         theirs, taken = seconds(lambda: generate(like, prefixes, states, mask, case["beams"]), device, repeats)
         if not torch.equal(items.cpu(), theirs):
             raise AssertionError(f"{int((items.cpu() != theirs).any(1).sum())} of {users} lists differ")
@@ -136,13 +140,14 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         peer = pairs.get(tuple(row.get(part) for part in KEY if part != "who"))
         if row["who"] == "ours" and peer:
-            sizes = [row["shape"], SHAPES[row["shape"]]["positions"], f"{row['items']:,}", row["beams"], row["users"]]
+            sizes = [row["shape"], SHAPES[row["shape"]]["positions"], row["codebooks"], f"{row['items']:,}"]
+            sizes += [row["beams"], row["users"]]
             speed = [f"{1 / row['seconds']:.3g}", milliseconds(row), milliseconds(peer)]
             cells.append(
                 [row["device"], *sizes, *speed, f"{peer['seconds'] / row['seconds']:.1f}", f"{row['load']:.0f}"]
             )
-    head = ["device", "shape", "positions", "items", "beams", "users", "users/s", "ms/user", "its ms/user", "ratio"]
-    text += table([*head, "load"], cells)
+    head = ["device", "shape", "positions", "codebooks", "items", "beams", "users", "users/s", "ms/user"]
+    text += table([*head, "its ms/user", "ratio", "load"], cells)
     for what in GROWTH:
         cells = []
         for row in rows:
@@ -165,7 +170,8 @@ def main() -> None:
     parser.add_argument("--max-items", type=int, default=10_000_000, help="larger catalogs are left out")
     args = parser.parse_args()
     device, rows = torch.device(args.device), []
-    cases = [("", {"shape": shape}) for shape in args.shapes.split(",") if shape != "none"]
+    shapes = [shape for shape in args.shapes.split(",") if shape != "none"]
+    cases = [("", {"shape": shape, "codebooks": kind}) for shape in shapes for kind in ("prefix", "level")]
     cases += [(what, change) for what in args.growth.split(",") if what != "none" for change in GROWTH[what]]
     for what, change in cases:
         case = BASE | change | {"growth": what}

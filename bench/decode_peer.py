@@ -1,7 +1,8 @@
 """Beam search by transformers' `generate` with a Python prefix tree, as the peer of `trainer.beam.beam_search`.
 
 The weights are those of a ColaRec model. `generate` knows one vocabulary, so its tokens are the codes 0..K-1 whatever
-their level, and K, with which every sequence starts; embeddings and head are those of the position.
+their level, and K, with which every sequence starts; embeddings and head are those of the position and, of a model with
+a codebook of each prefix, of the tokens before.
 """
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from transformers import GenerationMixin, PreTrainedModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from trainer.model import ColaRec
+from trainer.model import ColaRec, leaf_logits
 
 
 class GeneratePeer(PreTrainedModel, GenerationMixin):
@@ -19,7 +20,8 @@ class GeneratePeer(PreTrainedModel, GenerationMixin):
     config_class = T5Config
     _supports_sdpa = True
 
-    def __init__(self, model: ColaRec):
+    def __init__(self, model: ColaRec, gids: np.ndarray, v_ID: torch.Tensor | None = None):
+        """Args: as `PrefixTree` and `beam_search` take them."""
         sizes = model.config
         start = sizes.branching
         super().__init__(
@@ -36,7 +38,12 @@ class GeneratePeer(PreTrainedModel, GenerationMixin):
                 is_encoder_decoder=True,
             )
         )
-        self.model = model
+        self.model, self.v_ID = model, v_ID
+        if v_ID is not None:
+            table = np.zeros((start ** (sizes.gid_length - 1), start), np.int64)
+            prefix = gids[1:, :-1] @ start ** np.arange(sizes.gid_length - 1)[::-1]
+            table[prefix, gids[1:, -1]] = np.arange(1, len(gids))
+            self.item_PK = torch.from_numpy(table).to(v_ID.device)  # 0 where there is none
 
     def get_encoder(self, modality: str | None = None) -> torch.nn.Module:
         return self.model.encoder
@@ -46,14 +53,19 @@ class GeneratePeer(PreTrainedModel, GenerationMixin):
         decoder_input_ids: torch.Tensor,
         encoder_outputs: BaseModelOutput,
         attention_mask: torch.Tensor,
+        sequence: torch.Tensor,
         past_key_values=None,
         use_cache: bool = True,
         **_,
     ) -> Seq2SeqLMOutput:
         """Logits of the code after the last token; the tokens before it are in the cache."""
-        level, token = past_key_values.get_seq_length(), decoder_input_ids[:, -1]
-        codes = self.model.codebook_TKD[level - 1, token] if level else self.model.start_D.expand(len(token), -1)
-        embeds = codes / self.model.scale
+        level, start = past_key_values.get_seq_length(), self.config.decoder_start_token_id
+        digits = start ** torch.arange(level, device=sequence.device).flip(0)
+        prefix = (sequence[:, 1:] * digits).sum(1)
+        x = self.model.start_D.expand(len(prefix), -1)
+        if level:
+            x = self.model.code_embedding(level - 1, prefix // start, sequence[:, -1])
+        embeds = x / self.model.scale
         out = self.model.decoder(
             inputs_embeds=embeds[:, None],
             encoder_hidden_states=encoder_outputs.last_hidden_state,
@@ -61,8 +73,17 @@ class GeneratePeer(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             use_cache=use_cache,
         )
-        logits = F.pad(self.model.code_logits(out.last_hidden_state, level), (0, 1), value=-torch.inf)
+        d = out.last_hidden_state[:, 0]
+        if level == self.model.config.gid_length - 1 and self.v_ID is not None:
+            logits = leaf_logits(d, F.embedding(self.item_PK[prefix], self.v_ID), self.item_PK[prefix])
+        else:
+            logits = self.model.code_logits(level, prefix, d)
+        logits = F.pad(logits, (0, 1), value=-torch.inf)[:, None]
         return Seq2SeqLMOutput(logits=logits, past_key_values=out.past_key_values)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict:
+        """With the whole sequence beside its last token."""
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs) | {"sequence": input_ids}
 
 
 class PrefixTree:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bench.train import SHAPES, measure_ours
 from contract import config as config_module
@@ -134,11 +135,14 @@ def decode_row(config: Config, shape: str, beams: int, num_users: int) -> dict:
     catalog = read_catalog(corpus, gid)
     torch.manual_seed(config.seed)
     model = ColaRec(model_config(config, catalog)).eval()
-    tree = GidTree(catalog.gids, config.gid.branching)
+    tree, v_ID = GidTree(catalog.gids, config.gid.branching), None
+    if model.config.leaves_are_items:
+        every, device = np.arange(1, catalog.num_items + 1), torch.device("cpu")
+        v_ID = F.pad(dense.item_vectors(config, model, catalog, device, every, "v"), (0, 0, 1, 0))
     batches = loader.eval_batches(config, catalog, corpus, "test", config.eval.batch, 0, 1)
     users, positions, begin = 0, 0, time.process_time()
     for batch in batches:
-        beam_search(model, tree, batch["user"], beams, 20, batch["seen_row"], batch["seen_item"])
+        beam_search(model, tree, batch["user"], beams, 20, batch["seen_row"], batch["seen_item"], v_ID=v_ID)
         users, positions = users + len(batch["user_idx"]), positions + int(batch["user"]["mask"].sum())
         if users >= num_users:
             break

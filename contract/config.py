@@ -185,8 +185,8 @@ class History:
     )
     attention: str = _opt(
         "causal",
-        "'causal': the encoder reads a history once, from left to right (a set in a new random order in each epoch), and "
-        "every item in it but the first is a target (encoding 'pooled'); 'full': in both directions, anew for each "
+        "'causal': the encoder reads a history once, from left to right (a set in a new random order in each epoch), "
+        "and every item in it but the first is a target (encoding 'pooled'); 'full': in both directions, anew for each "
         "target (the paper)",
         ("causal", "full"),
     )
@@ -208,6 +208,13 @@ class Model:
     num_encoder_layers: int = _opt(2, "encoder layers", low=1)
     num_decoder_layers: int = _opt(2, "decoder layers", low=1)
     dropout: float = _opt(0.3, "dropout rate", low=0, high=0.99)
+    codebooks: str = _opt(
+        "prefix",
+        "what the codes after a prefix are to the decoder: 'prefix': a codebook of each prefix, and in place of the "
+        "last codes the items themselves, v_i, of which only those below the prefix compete; 'level': a codebook of "
+        "each level, whatever the prefix (the paper)",
+        ("prefix", "level"),
+    )
     tie_codebooks: bool = _opt(True, "heads are the levels' input codebooks (the paper's equation) or apart (its code)")
     item_init: str = _opt(
         "cf",
@@ -322,7 +329,7 @@ class Eval:
     cutoffs: tuple[int, ...] = _opt((5, 10, 20), "k of recall@k, ndcg@k, mrr@k, arp@k and coverage@k")
     mode: str = _opt(
         "hybrid",
-        "what ranks the items: 'generative': log p(GID); 'dense': the ranking score h(X_u) . h(X_i); 'hybrid': both, "
+        "what ranks the items: 'generative': log p(GID); 'dense': the ranking score h(X_u) . v_i; 'hybrid': both, "
         "see eval.hybrid",
         ("hybrid", "generative", "dense"),
     )
@@ -332,7 +339,7 @@ class Eval:
     beams: int = _opt(100, "beam width", low=1)
     hybrid: float = _opt(
         -1.0,
-        "weight of h(X_u) . h(X_i), the ranking score, beside the log-probability, over the best of the beam and the "
+        "weight of h(X_u) . v_i, the ranking score, beside the log-probability, over the best of the beam and the "
         "best by that score; 0: the beam's alone, as in the paper ('generative'); -1: what ranks the valid users best",
         low=-1,
     )

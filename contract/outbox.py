@@ -186,6 +186,7 @@ class Outbox:
         pause = _FIRST_PAUSE
         while not self._given_up.is_set():
             self._more.clear()
+            closing = self._closing.is_set()  # before: what is put until then is seen by the attempt
             try:
                 sent = self.send_some()
             except Exception as error:  # whatever it is, training goes on
@@ -201,7 +202,7 @@ class Outbox:
                 self._report(f"MLflow at {self._uri} is back: what was kept is sent")
             self._away, pause = False, _FIRST_PAUSE
             if not sent:
-                if self._closing.is_set():
+                if closing:
                     return
                 self._more.wait()
 

@@ -80,15 +80,15 @@ def protocol(config: Config, num_users: int, num_items: int, device: str, **fact
 
 
 def _decoding(config: Config, num_items: int) -> str:
-    settings = config.eval
+    settings, score = config.eval, f"h(X_u) . {'v_i' if config.loss.softmax else 'h(X_i)'}"
     if settings.ranks_by == "dense":
-        return "all items by h(X_u) . h(X_i)"
+        return f"all items by {score}"
     every = settings.exhaustive or settings.beams >= num_items
     found = "the GIDs of all items" if every else f"{settings.beams} beams over the GIDs of all items"
     if settings.ranks_by == "hybrid" and every:
-        return f"{found}, ranked by log p + {settings.hybrid:g} h(X_u) . h(X_i)"
+        return f"{found}, ranked by log p + {settings.hybrid:g} {score}"
     if settings.ranks_by == "hybrid":
-        return f"{found}; with as many by h(X_u) . h(X_i), ranked by log p + {settings.hybrid:g} of that"
+        return f"{found}; with as many by {score}, ranked by log p + {settings.hybrid:g} of that"
     return found
 
 

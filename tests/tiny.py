@@ -14,6 +14,7 @@ from contract import config as config_module
 from contract import schema
 from contract.artifacts import open_artifact, stage_output
 from contract.config import Config
+from trainer import inputs, loader
 from trainer import model as model_module
 from trainer.inputs import read_catalog
 
@@ -72,6 +73,24 @@ def tiny_room(work: Path, **overrides: str):
     catalog = read_catalog(corpus, open_artifact(config, "gid"))
     torch.manual_seed(0)
     return config, corpus, catalog, model_module.ColaRec(model_module.model_config(config, catalog)).eval()
+
+
+@torch.no_grad()
+def log_p_of_all_items(config: Config, model, catalog, batch: dict) -> torch.Tensor:
+    """log p of the codes of every item for each user of an eval batch, (B, I, l), by what training computes."""
+    states = model.encode(batch["user"])
+    every = np.arange(1, catalog.num_items + 1)
+    arrays = {"item": every} | inputs.content_bags(config, catalog, every)
+    v_ID = model.item_vectors(loader.to_tensors(arrays))
+    leaf, choice = (torch.from_numpy(part) for part in inputs.items_of_prefix(catalog, every))
+    read, gids, rows = batch["user"]["mask"][:, None], torch.from_numpy(catalog.gids), []
+    for item in every:
+        gid = gids[item].expand(len(states), -1)
+        d = model.decode(states, read, gid[:, None])[:, 0]
+        one = torch.full((len(states),), item - 1)
+        leaves = {"row": leaf[one], "choice": choice[one], "v": torch.nn.functional.pad(v_ID, (0, 0, 1, 0))}
+        rows.append(-model.path_loss(d, gid, leaves if model.config.leaves_are_items else None))
+    return torch.stack(rows, 1)
 
 
 def sequences(num_users: int, num_items: int, seed: int = 0) -> list[np.ndarray]:

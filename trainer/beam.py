@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from gid.tree import GidTree
-from trainer.model import ColaRec
+from trainer.model import ColaRec, leaf_logits
 
+# Users whose leaves are scored at once: with 100 beams and 32 leaves of 64 wide vectors 13 MB.
+_ROWS = 16
 # Scores are float32; in float64 there is room below their resolution to order equal ones by item_idx.
 _TIE = 1e-14
 
@@ -29,12 +31,14 @@ def beam_search(
     seen_row: torch.Tensor | None = None,
     seen_item: torch.Tensor | None = None,
     states_BLD: torch.Tensor | None = None,
+    v_ID: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable items of each user.
 
     Args:
         inputs: X_u of B users, see `trainer.inputs.user_inputs`.
         states_BLD: what the encoder makes of them, where that is known.
+        v_ID: v_i of all items, row item_idx, of a model whose leaves are items.
         seen_row, seen_item: int64 (S,), (user row, item_idx) pairs that must not be returned.
 
     Returns:
@@ -43,14 +47,18 @@ def beam_search(
     """
     decoder = Decoder(model, model.encode(inputs) if states_BLD is None else states_BLD, inputs["mask"])
     batch, device = len(inputs["mask"]), inputs["mask"].device
-    node_BN = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    node_BN = prefix_BN = torch.zeros(batch, 1, dtype=torch.long, device=device)
     score_BN = torch.zeros(batch, 1, device=device)
     x_BND = model.start_D.expand(batch, 1, -1)
     for level in range(tree.length):
-        log_p_BNK = decoder.step(x_BND, level).float().log_softmax(-1)
+        d_BND = decoder.step(x_BND, level)
         code_BNC = tree.codes(level, node_BN)
-        score_BNC = score_BN[..., None] + log_p_BNK.gather(-1, code_BNC.clamp_min(0))
-        score_BC = score_BNC.masked_fill(code_BNC < 0, -torch.inf).flatten(1)
+        if level == tree.length - 1 and v_ID is not None:
+            log_p_BNC = _leaf_log_p(d_BND, tree.items(node_BN), v_ID)
+        else:
+            log_p_BNK = model.code_logits(level, prefix_BN, d_BND).float().log_softmax(-1)
+            log_p_BNC = log_p_BNK.gather(-1, code_BNC.clamp_min(0))
+        score_BC = (score_BN[..., None] + log_p_BNC).masked_fill(code_BNC < 0, -torch.inf).flatten(1)
         if level == tree.length - 1:
             column_C = torch.arange(code_BNC.shape[-1], device=device)
             item_BC = tree.leaf_item[tree.child(level, node_BN[..., None], column_C)].flatten(1)
@@ -59,29 +67,67 @@ def beam_search(
         parent_BN, column_BN = choice_BN // code_BNC.shape[-1], choice_BN % code_BNC.shape[-1]
         node_BN = tree.child(level, node_BN.gather(1, parent_BN), column_BN)
         decoder = decoder.select(parent_BN)
-        x_BND = model.codebook_TKD[level, code_BNC.flatten(1).gather(1, choice_BN).clamp_min(0)]
+        code_BN, parent_BN = code_BNC.flatten(1).gather(1, choice_BN).clamp_min(0), prefix_BN.gather(1, parent_BN)
+        x_BND = model.code_embedding(level, parent_BN, code_BN)
+        prefix_BN = parent_BN * tree.branching + code_BN
     raise AssertionError("a tree has at least one level")
 
 
 @torch.no_grad()
-def gid_log_p(model: ColaRec, states_BLD: torch.Tensor, mask_BL: torch.Tensor, gid_BNT: torch.Tensor) -> torch.Tensor:
-    """log p(GID | X_u), float32 (B, N), of N GIDs for each user: what `beam_search` would say of their items."""
+def gid_log_p(
+    model: ColaRec,
+    tree: GidTree,
+    states_BLD: torch.Tensor,
+    mask_BL: torch.Tensor,
+    item_BN: torch.Tensor,
+    gid_BNT: torch.Tensor,
+    v_ID: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """log p of each code of the GIDs of N items for each user, float32 (B, N, l): their sums are what `beam_search`
+    would say of the items, of 0 nothing that means anything.
+
+    Args:
+        gid_BNT: int64, the GIDs of the items.
+        v_ID: as there.
+    """
     decoder, (batch, count, length) = Decoder(model, states_BLD, mask_BL), gid_BNT.shape
-    x_BND = model.start_D.expand(batch, 1, -1)
-    log_p_BN = torch.zeros(batch, count, device=states_BLD.device)
+    x_BND, prefix_BN = model.start_D.expand(batch, 1, -1), torch.zeros_like(item_BN)
+    levels = []
     for level in range(length):
-        code_BN = gid_BNT[..., level]
-        log_p_BNK = decoder.step(x_BND, level).float().log_softmax(-1).expand(-1, count, -1)
-        log_p_BN += log_p_BNK.gather(-1, code_BN[..., None])[..., 0]
+        d_BND, code_BN = decoder.step(x_BND, level), gid_BNT[..., level]
+        if level == length - 1 and v_ID is not None:
+            below_BNC = tree.items(tree.parent(item_BN.clamp_min(1)))
+            column_BN = (below_BNC == item_BN[..., None]).int().argmax(-1)
+            log_p_BNC = _leaf_log_p(d_BND.expand(-1, count, -1), below_BNC, v_ID)
+            levels.append(log_p_BNC.gather(-1, column_BN[..., None])[..., 0])
+            break
+        shared_BN = prefix_BN if level else prefix_BN[:, :1]
+        log_p_BNK = model.code_logits(level, shared_BN, d_BND).float().log_softmax(-1).expand(-1, count, -1)
+        levels.append(log_p_BNK.gather(-1, code_BN[..., None])[..., 0])
         if level == 0:  # one start for all
             decoder = decoder.select(torch.zeros_like(code_BN))
-        x_BND = model.codebook_TKD[level, code_BN]
-    return log_p_BN
+        x_BND = model.code_embedding(level, prefix_BN, code_BN)
+        prefix_BN = prefix_BN * tree.branching + code_BN
+    return torch.stack(levels, -1)
+
+
+def _leaf_log_p(d_BND: torch.Tensor, item_BNC: torch.Tensor, v_ID: torch.Tensor) -> torch.Tensor:
+    """float32 (B, N, C): log p of the items below a prefix, 0 being none; as many at once as memory is not a matter."""
+    parts = []
+    for d_ND, item_NC in zip(d_BND.split(_ROWS), item_BNC.split(_ROWS), strict=True):
+        logits_MC = leaf_logits(d_ND.flatten(0, 1), F.embedding(item_NC.flatten(0, 1), v_ID), item_NC.flatten(0, 1))
+        parts.append(logits_MC.log_softmax(-1).view_as(item_NC))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
 def all_items(
-    model: ColaRec, tree: GidTree, states_BLD: torch.Tensor, mask_BL: torch.Tensor, rows_at_once: int = 1 << 14
+    model: ColaRec,
+    tree: GidTree,
+    states_BLD: torch.Tensor,
+    mask_BL: torch.Tensor,
+    rows_at_once: int = 1 << 14,
+    v_ID: torch.Tensor | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """log p(GID | X_u) of every item of the tree: every node is expanded, none is left out.
 
@@ -93,24 +139,31 @@ def all_items(
     """
     nodes_at_once = max(1, rows_at_once // len(states_BLD))
 
-    def expand(decoder: Decoder, level: int, node_N: torch.Tensor, score_BN: torch.Tensor, x_ND: torch.Tensor):
-        log_p_BNK = decoder.step(x_ND.expand(len(states_BLD), -1, -1), level).float().log_softmax(-1)
+    def expand(decoder: Decoder, level: int, node_N, prefix_N, score_BN: torch.Tensor, x_ND: torch.Tensor):
+        users = len(states_BLD)
+        d_BND = decoder.step(x_ND.expand(users, -1, -1), level)
         code_NC = tree.codes(level, node_N)
         parent_M, column_M = (code_NC >= 0).nonzero(as_tuple=True)
         code_M, child_M = code_NC[parent_M, column_M], tree.child(level, node_N[parent_M], column_M)
-        score_BM = score_BN[:, parent_M] + log_p_BNK[:, parent_M, code_M]
+        if level == tree.length - 1 and v_ID is not None:
+            log_p_BNC = _leaf_log_p(d_BND, tree.items(node_N).expand(users, -1, -1), v_ID)
+            score_BM = score_BN[:, parent_M] + log_p_BNC[:, parent_M, column_M]
+        else:
+            log_p_BNK = model.code_logits(level, prefix_N.expand(users, -1), d_BND).float().log_softmax(-1)
+            score_BM = score_BN[:, parent_M] + log_p_BNK[:, parent_M, code_M]
         if level == tree.length - 1:
             yield tree.leaf_item[child_M], score_BM
             return
-        x_MD = model.codebook_TKD[level, code_M]
+        x_MD = model.code_embedding(level, prefix_N[parent_M], code_M)
+        prefix_M = prefix_N[parent_M] * tree.branching + code_M
         for begin in range(0, len(child_M), nodes_at_once):
             part = slice(begin, begin + nodes_at_once)
-            chosen = decoder.select(parent_M[part].expand(len(states_BLD), -1))
-            yield from expand(chosen, level + 1, child_M[part], score_BM[:, part], x_MD[part])
+            chosen = decoder.select(parent_M[part].expand(users, -1))
+            yield from expand(chosen, level + 1, child_M[part], prefix_M[part], score_BM[:, part], x_MD[part])
 
     root = torch.zeros(1, dtype=torch.long, device=mask_BL.device)
     start = torch.zeros(len(states_BLD), 1, device=mask_BL.device)
-    yield from expand(Decoder(model, states_BLD, mask_BL), 0, root, start, model.start_D[None])
+    yield from expand(Decoder(model, states_BLD, mask_BL), 0, root, root, start, model.start_D[None])
 
 
 def best_items(
@@ -152,7 +205,7 @@ class Decoder:
             self._own.append((empty, empty))
 
     def step(self, x_BND: torch.Tensor, level: int) -> torch.Tensor:
-        """Code logits (B, N, K) of `level`, after reading the embeddings of the last code of each beam."""
+        """d_t, (B, N, D), before the codes of `level`, after reading the embeddings of the last code of each beam."""
         x_BND = x_BND / self._model.scale  # as in training, see ColaRec.decoder_inputs
         bias_attention = self._blocks[0].layer[0].SelfAttention
         bias_SH = bias_attention.compute_bias(level + 1, level + 1, device=x_BND.device)[0, :, -1].T
@@ -160,8 +213,7 @@ class Decoder:
             x_BND = x_BND + self._self_attention(i, block.layer[0], x_BND, bias_SH)
             x_BND = x_BND + self._cross_attention(i, block.layer[1], x_BND)
             x_BND = block.layer[2](x_BND)
-        d_BND = self._model.decoder.final_layer_norm(x_BND)
-        return self._model.code_logits(d_BND.flatten(0, 1)[:, None], level).view(*d_BND.shape[:2], -1)
+        return self._model.decoder.final_layer_norm(x_BND)
 
     def select(self, parent_BN: torch.Tensor) -> "Decoder":
         """The decoder whose beam n of each user goes on from what is beam parent_BN[:, n] here."""

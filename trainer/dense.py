@@ -1,4 +1,6 @@
-"""The other half of what training learned: h(X_u) . h(X_i), the score that the ranking losses train.
+"""The other half of what training learned: h(X_u) . v_i, the score that L_softmax trains.
+
+Of a model without L_softmax it is h(X_u) . h(X_i) d_model^-0.5, which BPR trains; it is written v_i all the same.
 
 Alone it is dense retrieval. The hybrid takes the best candidates of the beam and as many of dense retrieval, and ranks
 them by the sum of the log-probability and this score.
@@ -24,10 +26,9 @@ MAX_SCORES = 1 << 28
 
 @torch.no_grad()
 def item_vectors(
-    config: Config, model: ColaRec, catalog: Catalog, device: torch.device, items: np.ndarray
+    config: Config, model: ColaRec, catalog: Catalog, device: torch.device, items: np.ndarray, which: str
 ) -> torch.Tensor:
-    """What h(X_u) finds the items int64 (C,) by, float32 (C, D): v_i of a model that was trained with L_softmax, else
-    h(X_i) times d_model^-0.5 (all ranks).
+    """Of the items int64 (C,) 'v', v_i, or 'h', h(X_i) times d_model^-0.5; float32 (C, D) (all ranks).
 
     The items are cut into the same blocks at any number of ranks, and so the vectors are the same to the last bit. Each
     rank computes an equal run of blocks.
@@ -38,7 +39,7 @@ def item_vectors(
     for begin in range(0, per_rank, ITEMS_AT_ONCE):
         block = items[rank * per_rank + begin :][:ITEMS_AT_ONCE]
         size, block = len(block), block if len(block) else items[:1]  # look-ups in row-wise tables take all ranks
-        if model.config.loss_weights["softmax"]:
+        if which == "v":
             arrays = {"item": block} | content_bags(config, catalog, block)
             vectors = model.item_vectors(to_device(to_tensors(arrays), device))
         else:
@@ -52,6 +53,11 @@ def item_vectors(
     return vectors[: len(items)]
 
 
+def found_by(model: ColaRec) -> str:
+    """Which of `item_vectors` h(X_u) has learned to find: v_i with L_softmax, else h(X_i)."""
+    return "v" if model.config.loss_weights["softmax"] else "h"
+
+
 @torch.no_grad()
 def user_vectors(model: ColaRec, states_BLD: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """h(X_u), float32 (B, D)."""
@@ -61,11 +67,11 @@ def user_vectors(model: ColaRec, states_BLD: torch.Tensor, inputs: dict[str, tor
 def hybrid(
     item_BN: torch.Tensor, log_p_BN: torch.Tensor, near_BN: torch.Tensor, weight: float, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of the candidates by log p(GID | X_u) + weight * h(X_u) . h(X_i).
+    """The k best of the candidates by log p(GID | X_u) + weight * h(X_u) . v_i.
 
     Args:
         item_BN, log_p_BN: as `beam_search` returns them; an item counts once.
-        near_BN: h(X_u) . h(X_i) of them.
+        near_BN: h(X_u) . v_i of them.
 
     Returns:
         item_idx int64 (B, k) and the sum, as `beam_search` does.
@@ -77,7 +83,7 @@ def hybrid(
 
 
 class Index:
-    """Items by h(X_u) . h(X_i): all inner products are computed, nothing is approximated.
+    """Items by h(X_u) . v_i: all inner products are computed, nothing is approximated.
 
     On a CPU by FAISS, on a GPU by matrix products there. Both read the vectors where they are and keep no copy.
 

@@ -91,7 +91,7 @@ def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
         tokens=schema.map_tokens(corpus.path, num_items),
         users=schema.map_item_users(corpus.path, num_items),
         gids=gids,
-        group=tree.group,
+        group=tree.group.numpy(),
         siblings=tree.siblings(),
         popularity=(num_train / max(1, num_train.sum())).astype(np.float32),
         vocab_size=corpus.counts["vocab_size"],
@@ -259,6 +259,17 @@ def content_bags(config: Config, catalog: Catalog, item_idx: np.ndarray) -> dict
         "content_tokens": catalog.tokens.take(item_idx).values.astype(np.int64),
         "content_offsets": np.cumsum(counts) - counts,
     }
+
+
+def items_of_prefix(catalog: Catalog, item_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The items that share the l-1 prefix of each of items (S,), int64 (S, C), 0 where there are no more; and the
+    column of the item itself, int64 (S,)."""
+    group = catalog.group[item_idx]
+    begin, count = catalog.siblings.offsets[group], catalog.siblings.lengths_at(group)
+    column = np.arange(count.max(initial=1))
+    place = np.minimum(begin[:, None] + column, len(catalog.siblings.values) - 1)
+    items = np.where(column < count[:, None], catalog.siblings.values[place], 0)
+    return items, (items == item_idx[:, None]).argmax(1)
 
 
 def ragged_arange(lengths: np.ndarray) -> np.ndarray:

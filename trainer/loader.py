@@ -93,12 +93,15 @@ class TrainBatches(torch.utils.data.IterableDataset):
         next_row, next_at (S,): the targets, as rows of user and the positions in them that they come after; a row has
         one, after its last position, or with causal attention one after each item; next_gid (S, l); next_weight (S,)
         at (B,): the position of that target of each row which the losses of items take; weight float32 (B,)
-        candidate: item (N,), distinct, with content bags; and into it next (S,), the targets, and random (R,), the
-        items that are drawn at random for the step; log_q float32 (R,): log of how often each of these is drawn
+        candidate: item (N,), distinct, with content bags; with L_softmax, into it next (S,), the targets, and random
+        (R,), the items that are drawn at random for the step; log_q float32 (R,): log of how often each of these is
+        drawn; where leaves are items, 1 + rows of it next_leaf (S, C): the items of the prefix of each target, 0 where
+        there are no more, and next_choice (S,): its column among them
         item: X_i of the distinct items in use, rows by length, with groups and gid (N, l), when a loss needs it; and
         into its rows positive (B,), negative (B,), sibling (B,)
         sibling_weight float32 (B,): of the targets in L_c, 0 where there is no sibling
-        index_rows (V,): the distinct positive and negative items; index_weight float32 (V,): of them in L_index
+        index_rows (V,): the distinct positive and negative items; index_weight float32 (V,): of them in L_index;
+        index_leaf (V, C), index_choice (V,): as those of next
 
     and beside them
 
@@ -179,8 +182,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
             target, at = drawn["positive"], batch["user"]["eos"]
             batch |= {"next_row": np.arange(len(at)), "next_at": at, "next_weight": batch["weight"], "at": at}
         batch["next_gid"] = catalog.gids[target]
-        if config.loss.softmax:
-            batch |= self._candidates(target, random_items)
+        decoded = {"next": target} if config.loss.rec else {}
         if names := self._item_names():
             distinct, rows = self._distinct_by_length(np.stack([drawn[name] for name in names]))
             batch["item"] = inputs.item_inputs(config, catalog, distinct, key=config.seed * 1_000_003 + step)
@@ -189,6 +191,8 @@ class TrainBatches(torch.utils.data.IterableDataset):
             index_weight = np.bincount(rows[:2].ravel(), np.tile(share, 2), minlength=len(distinct))
             batch["index_rows"] = np.unique(rows[:2])
             batch["index_weight"] = index_weight[batch["index_rows"]].astype(np.float32)
+            decoded |= {"index": distinct[batch["index_rows"]]} if config.loss.index else {}
+        batch |= self._candidates(target, random_items, decoded)
         sides = [batch[side] for side in ("user", "item") if side in batch]
         for side in sides:
             side["groups"] = inputs.length_groups(side["eos"] + 1, config.train.length_groups)
@@ -200,18 +204,29 @@ class TrainBatches(torch.utils.data.IterableDataset):
             "lengths": _lengths(batch),
         }
 
-    def _candidates(self, target: np.ndarray, random_items: np.ndarray) -> dict:
-        """What L_softmax ranks: targets (S,) above random items (R,)."""
-        distinct, rows = np.unique(np.concatenate([target, random_items]), return_inverse=True)
-        num_drawn = len(random_items) * self.config.train.streams // len(self.streams)  # of all ranks
-        cdf = self.catalog.negative_cdf
-        probability = cdf[random_items] - cdf[random_items - 1]
-        return {
-            "candidate": {"item": distinct} | inputs.content_bags(self.config, self.catalog, distinct),
-            "next": rows[: len(target)],
-            "random": rows[len(target) :],
-            "log_q": np.log(num_drawn * probability).astype(np.float32),
-        }
+    def _candidates(self, target: np.ndarray, random_items: np.ndarray, decoded: dict[str, np.ndarray]) -> dict:
+        """Items that are ranked: by L_softmax targets (S,) above random items (R,); and those below the prefixes of the
+        items that are decoded, by {name of their arrays: items}, where leaves are items."""
+        leaves_are_items = self.config.model.codebooks == "prefix"
+        leaves = {name: inputs.items_of_prefix(self.catalog, items) for name, items in decoded.items()}
+        leaves = leaves if leaves_are_items else {}
+        softmax = [target, random_items] if self.config.loss.softmax else []
+        everything = [*softmax, *(leaf.ravel() for leaf, _ in leaves.values())]
+        if not everything:
+            return {}
+        distinct = np.unique(np.concatenate(everything))
+        distinct = distinct[distinct > 0]
+        batch = {"candidate": {"item": distinct} | inputs.content_bags(self.config, self.catalog, distinct)}
+        for name, (leaf, choice) in leaves.items():
+            row = np.where(leaf > 0, 1 + np.searchsorted(distinct, leaf), 0)
+            batch |= {f"{name}_leaf": row, f"{name}_choice": choice}
+        if softmax:
+            num_drawn = len(random_items) * self.config.train.streams // len(self.streams)  # of all ranks
+            cdf = self.catalog.negative_cdf
+            probability = cdf[random_items] - cdf[random_items - 1]
+            batch |= {"next": np.searchsorted(distinct, target), "random": np.searchsorted(distinct, random_items)}
+            batch["log_q"] = np.log(num_drawn * probability).astype(np.float32)
+        return batch
 
     def _distinct_by_length(self, item_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The distinct items (N,) of item_idx (n, B), by the length of X_i, and int64 (n, B) into them."""
@@ -400,8 +415,7 @@ def eval_batches(
     shard users are batched by length, as that pads little. Yields
 
         user: X_u of B users; user_idx (B,), 0 in batches that only fill up
-        pair_row (P,), pair_item (P,), pair_gid (P, l): the targets, as rows of user, item_idx and GIDs; a user may
-        have several
+        pair_row (P,), pair_item (P,): the targets, as rows of user and item_idx; a user may have several
         seen_row (S,), seen_item (S,): the whole histories as rows of user and item_idx, whatever the encoder sees
     """
     shards = shard_paths(corpus, split)
@@ -417,7 +431,7 @@ def eval_batches(
         block = samples.take_users(samples.read_shard(shards[0]), np.arange(1))
         last = next(user_batches(config, catalog, block, batch, 0))
     filler = last | {"user_idx": torch.zeros_like(last["user_idx"])}
-    filler |= {name: last[name][:0] for name in ("pair_row", "pair_item", "pair_gid")}
+    filler |= {name: last[name][:0] for name in ("pair_row", "pair_item")}
     for _ in range(count, num_eval_batches(corpus, split, batch, world_size, sample)):
         yield filler
 
@@ -439,7 +453,6 @@ def _eval_batch(config: Config, catalog: Catalog, block: Block, history: History
         "user_idx": block.user_idx[rows],
         "pair_row": row[is_target],
         "pair_item": items.values[is_target].astype(np.int64),
-        "pair_gid": catalog.gids[items.values[is_target]],
         "seen_row": row[~is_target],
         "seen_item": items.values[~is_target].astype(np.int64),
     }

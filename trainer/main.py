@@ -76,7 +76,7 @@ def build_model(config: Config, catalog: Catalog, gid: Artifact, shard: tables.S
     model = ColaRec(model_config(config, catalog), shard, config.seed)
     if config.model.item_init == "cf" and config.model.item_table == "exact":
         embeddings = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
-        init_items(model, torch.from_numpy(np.array(embeddings)), config.seed)
+        init_items(model, torch.from_numpy(np.array(embeddings)), torch.from_numpy(catalog.gids), config.seed)
     if config.model.init:
         progress(f"starts from {pretrained.init_from_t5(model, config)}")
     if config.model.lora_rank:

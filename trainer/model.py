@@ -11,6 +11,11 @@ L_softmax is not in the paper: sampled softmax over s_ui = h(X_u) . v_i with v_i
 mean of its content tokens. A step draws its random items on all ranks together, by the square root of popularity, and
 takes out how often j is drawn, q_j (Yi et al., RecSys 2019), so that in expectation it is the softmax over all items.
 
+E_t is the codebook of level t in the paper, and so with `codebooks` = "level". With "prefix" a code of the levels
+1 < t < l is E_t,z plus an embedding of the prefix (z_<t, z), and the last code stands for an item i, which is v_i:
+p(z_l | X, z_<l) = softmax over the items below z_<l of d_l . v_i. So what a code means need not be the same below all
+prefixes, and no probability goes to leaves that are no items.
+
 A causal encoder reads X_u from left to right: the state at its t-th item is h of a user with t items, so that one pass
 has a target after every item. L_rec and L_softmax take all of them, the losses of items one, drawn at random.
 
@@ -67,6 +72,7 @@ class ColaRecConfig(PreTrainedConfig):
         num_encoder_layers: int = 2,
         num_decoder_layers: int = 2,
         dropout: float = 0.1,
+        codebooks: str = "level",
         tie_codebooks: bool = True,
         item_table: str = "exact",
         user_table: str = "exact",
@@ -81,12 +87,22 @@ class ColaRecConfig(PreTrainedConfig):
         self.gid_length, self.branching, self.max_recency = gid_length, branching, max_recency
         self.d_model, self.d_ff, self.d_kv, self.num_heads = d_model, d_ff, d_kv, num_heads
         self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
-        self.dropout, self.tie_codebooks = dropout, tie_codebooks
+        self.dropout, self.codebooks, self.tie_codebooks = dropout, codebooks, tie_codebooks
         self.item_table, self.user_table = item_table, user_table
         self.hash_functions, self.hash_rows = hash_functions, hash_rows
         self.loss_weights = dict.fromkeys(LOSSES, 0.0) | (loss_weights or {})
         self.experiment = experiment or {}
         super().__init__(**kwargs)
+
+    @property
+    def leaves_are_items(self) -> bool:
+        """Whether the last code of a GID is, to the decoder, the item that it leads to."""
+        return self.codebooks == "prefix"
+
+    @property
+    def code_levels(self) -> int:
+        """Levels whose codes have embeddings."""
+        return self.gid_length - self.leaves_are_items
 
 
 def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
@@ -108,6 +124,7 @@ def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
         num_encoder_layers=model.num_encoder_layers,
         num_decoder_layers=model.num_decoder_layers,
         dropout=model.dropout,
+        codebooks=model.codebooks,
         tie_codebooks=model.tie_codebooks,
         item_table=model.item_table,
         user_table=model.user_table,
@@ -130,7 +147,7 @@ class ColaRec(PreTrainedModel):
         """With a `shard` the item and user tables are row-wise ones, for training, which start from `seed`."""
         super().__init__(config)
         self.scale = config.d_model**-0.5
-        codes = (config.gid_length, config.branching, config.d_model)
+        codes = (max(1, config.code_levels), config.branching, config.d_model)
         # Content token 0 pads, so the rows of this table are the token ids themselves.
         self.token = _table(config, config.num_tokens - 1)
         self.item = None
@@ -141,6 +158,11 @@ class ColaRec(PreTrainedModel):
         self.recency = _table(config, config.max_recency)
         self.gap = _table(config, NUM_GAP_BUCKETS - 1)
         self.codebook_TKD = nn.Parameter(torch.empty(codes))
+        # Of level t = 1 .. : (K^t prefixes, K, D), beside the level's codebook. Level 0 has one prefix alone.
+        self.prefix_codebooks = nn.ParameterList(
+            nn.Parameter(torch.empty(config.branching**t, *codes[1:]))
+            for t in range(1, config.code_levels if config.leaves_are_items else 0)
+        )
         self.start_D = nn.Parameter(torch.empty(config.d_model))
         self.head_TKD = None if config.tie_codebooks else nn.Parameter(torch.empty(codes))
         self.encoder = t5_stack(config, is_decoder=False)
@@ -157,6 +179,8 @@ class ColaRec(PreTrainedModel):
         elif module is self:
             nn.init.normal_(self.codebook_TKD, std=EMBEDDING_STD)
             nn.init.normal_(self.start_D, std=EMBEDDING_STD)
+            for codebook_PKD in self.prefix_codebooks:
+                nn.init.normal_(codebook_PKD, std=EMBEDDING_STD)
             if self.head_TKD is not None:
                 nn.init.normal_(self.head_TKD, std=EMBEDDING_STD)
 
@@ -195,7 +219,7 @@ class ColaRec(PreTrainedModel):
         return torch.cat(parts)
 
     def item_vectors(self, items: dict) -> torch.Tensor:
-        """v_i, float32 (N, D): what L_softmax has learned to find by h(X_u).
+        """v_i, float32 (N, D): what L_softmax has learned to find by h(X_u), and the decoder where leaves are items.
 
         Args:
             items: item (N,) and their content bags, see `inputs.content_bags`.
@@ -212,22 +236,53 @@ class ColaRec(PreTrainedModel):
 
     def decoder_inputs(self, gid_BT: torch.Tensor) -> torch.Tensor:
         """(B, T' + 1, D): the start vector and the embeddings of the T' < T codes given."""
-        level = torch.arange(gid_BT.shape[1], device=gid_BT.device)
-        start_B1D = self.start_D.expand(len(gid_BT), 1, -1)
-        return torch.cat([start_B1D, self.codebook_TKD[level, gid_BT]], 1) / self.scale
+        prefix_B, parts = torch.zeros_like(gid_BT[:, 0]) if gid_BT.shape[1] else None, []
+        for level in range(gid_BT.shape[1]):
+            parts.append(self.code_embedding(level, prefix_B, gid_BT[:, level]))
+            prefix_B = prefix_B * self.config.branching + gid_BT[:, level]
+        return torch.stack([self.start_D.expand(len(gid_BT), -1), *parts], 1) / self.scale
 
-    def code_logits(self, d_BTD: torch.Tensor, first_level: int = 0) -> torch.Tensor:
-        """(B, T', K): d_t . E_t^T for the levels from `first_level` on."""
-        levels = slice(first_level, first_level + d_BTD.shape[1])
-        head_TKD = self.codebook_TKD if self.head_TKD is None else self.head_TKD
-        return torch.einsum("btd,tkd->btk", d_BTD, head_TKD[levels])
+    def code_embedding(self, level: int, prefix: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+        """(..., D): what the decoder reads of codes (...) after prefixes (...) of `level` codes.
 
-    def gid_loss(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor, gid_BT: torch.Tensor) -> torch.Tensor:
-        """(B, T): -log p(z_t | X, z_<t)."""
-        return _cross_entropy(self.decode(states_BLD, mask_BL[:, None], gid_BT[:, None])[:, 0], gid_BT)
+        Args:
+            prefix: int64, the number that its codes are the digits of, to the base K.
+        """
+        x = self.codebook_TKD[level, code]
+        if self.prefix_codebooks and level:
+            rows_MD = self.prefix_codebooks[level - 1].flatten(0, 1)
+            x = x + F.embedding(prefix * self.config.branching + code, rows_MD)
+        return x
+
+    def code_logits(self, level: int, prefix: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        """(..., K): d_t . E_t^T, of a level that has codes, after prefixes (...) as in `code_embedding`."""
+        logits = d @ (self.codebook_TKD if self.head_TKD is None else self.head_TKD)[level].T
+        if self.prefix_codebooks and level:
+            codes_MKD = F.embedding(prefix.flatten(), self.prefix_codebooks[level - 1].flatten(1))
+            codes_MKD = codes_MKD.view(-1, *self.prefix_codebooks[level - 1].shape[1:])
+            logits = logits + (codes_MKD @ d.flatten(0, -2)[..., None])[..., 0].view_as(logits)
+        return logits
+
+    def path_loss(self, d_STD: torch.Tensor, gid_ST: torch.Tensor, leaves: dict | None) -> torch.Tensor:
+        """-log p(z_t | X, z_<t), float32 (S, T), where the decoder says d_STD before the codes of gid_ST.
+
+        Args:
+            leaves: where leaves are items; see `loader.TrainBatches` and `leaf_vectors`.
+        """
+        losses, prefix_S = [], torch.zeros_like(gid_ST[:, 0])
+        for level in range(self.config.code_levels):
+            logits_SK = self.code_logits(level, prefix_S, d_STD[:, level]).float()
+            losses.append(F.cross_entropy(logits_SK, gid_ST[:, level], reduction="none"))
+            prefix_S = prefix_S * self.config.branching + gid_ST[:, level]
+        if self.config.leaves_are_items:
+            row_SC = leaves["row"]
+            v_SCD = F.embedding(row_SC, leaves["v"])
+            logits_SC = leaf_logits(d_STD[:, -1], v_SCD, row_SC)
+            losses.append(F.cross_entropy(logits_SC, leaves["choice"], reduction="none"))
+        return torch.stack(losses, 1)
 
     def decode(self, states_BLD: torch.Tensor, mask_BNL: torch.Tensor, gid_BNT: torch.Tensor) -> torch.Tensor:
-        """Code logits (B, N, T, K) of N targets of each row, which read the same states, each what its mask shows.
+        """d_t, (B, N, T, D), of N targets of each row, which read the same states, each what its mask shows.
 
         They are one sequence for the decoder, so that keys and values of the states are computed once; masks keep them
         apart, and T5's position bias knows distances alone.
@@ -242,9 +297,9 @@ class ColaRec(PreTrainedModel):
             encoder_hidden_states=states_BLD,
             encoder_attention_mask=mask_BNL.repeat_interleave(levels, 1)[:, None],
         ).last_hidden_state
-        return self.code_logits(d_BSD.reshape(size * num_targets, levels, -1)).unflatten(0, (size, num_targets))
+        return d_BSD.view(size, num_targets, levels, -1)
 
-    def _target_loss(self, states_BLD: torch.Tensor, batch: dict) -> torch.Tensor:
+    def _target_loss(self, states_BLD: torch.Tensor, batch: dict, v_ND: torch.Tensor | None) -> torch.Tensor:
         """L_rec of each target, float32 (S,), decoded in the runs of rows that were encoded together."""
         size, longest, _ = states_BLD.shape
         row, at, gid_ST = batch["next_row"], batch["next_at"], batch["next_gid"]
@@ -255,9 +310,9 @@ class ColaRec(PreTrainedModel):
         parts = []
         for begin, end, width in batch["user"].get("groups", [(0, size, longest)]):
             rows, num = slice(begin, end), min(num_targets, width - 1)
-            logits = self.decode(states_BLD[rows, :width], read_BNL[rows, :num, :width], gid_BNT[rows, :num])
-            parts.append(F.pad(logits, (0, 0, 0, 0, 0, num_targets - num)))
-        return _cross_entropy(torch.cat(parts)[row, column], gid_ST).mean(1)
+            d_BNTD = self.decode(states_BLD[rows, :width], read_BNL[rows, :num, :width], gid_BNT[rows, :num])
+            parts.append(F.pad(d_BNTD, (0, 0, 0, 0, 0, num_targets - num)))
+        return self.path_loss(torch.cat(parts)[row, column], gid_ST, _leaves(batch, "next", v_ND)).mean(1)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Losses as float32 scalars: those in use by name, and 'loss', their weighted sum.
@@ -267,15 +322,12 @@ class ColaRec(PreTrainedModel):
         """
         weights, losses = self.config.loss_weights, {}
         user_states = self.encode(batch["user"])
+        v_candidate = self.item_vectors(batch["candidate"]) if "candidate" in batch else None
         if weights["rec"]:
-            losses["rec"] = (self._target_loss(user_states, batch) * batch["next_weight"]).sum()
+            losses["rec"] = (self._target_loss(user_states, batch, v_candidate) * batch["next_weight"]).sum()
         if weights["softmax"]:
             h_next = user_states[batch["next_row"], batch["next_at"]].float()
-            v_candidate, item, random = (
-                self.item_vectors(batch["candidate"]),
-                batch["candidate"]["item"],
-                batch["random"],
-            )
+            item, random = batch["candidate"]["item"], batch["random"]
             targets = v_candidate[batch["next"]], item[batch["next"]]
             loss = sampled_softmax(h_next, *targets, v_candidate[random], item[random], batch["log_q"])
             losses["softmax"] = (loss * batch["next_weight"]).sum()
@@ -283,7 +335,9 @@ class ColaRec(PreTrainedModel):
             item_states = self.encode(batch["item"])
             if weights["index"]:
                 rows = batch["index_rows"]
-                loss = self.gid_loss(item_states[rows], batch["item"]["mask"][rows], batch["item"]["gid"][rows])
+                mask, gid = batch["item"]["mask"][rows], batch["item"]["gid"][rows]
+                d = self.decode(item_states[rows], mask[:, None], gid[:, None])[:, 0]
+                loss = self.path_loss(d, gid, _leaves(batch, "index", v_candidate))
                 losses["index"] = (loss.mean(1) * batch["index_weight"]).sum()
             h_item = self.summary(item_states, batch["item"]).float() * self.scale
             negative = h_item[batch["negative"]]
@@ -298,20 +352,18 @@ class ColaRec(PreTrainedModel):
         losses["loss"] = sum(weights[name] * loss for name, loss in losses.items())
         return losses
 
-    def gid_log_likelihood(self, states_BLD: torch.Tensor, batch: dict) -> torch.Tensor:
-        """(P, T): log p of the codes of each (user, target) pair of a batch of `loader.eval_batches`.
 
-        Args:
-            states_BLD: what `encode` makes of the users of the batch.
-        """
-        rows = batch["pair_row"]
-        return -self.gid_loss(states_BLD[rows], batch["user"]["mask"][rows], batch["pair_gid"])
+def _leaves(batch: dict, name: str, v_ND: torch.Tensor | None) -> dict | None:
+    """What `ColaRec.path_loss` takes of a batch, None where leaves are no items."""
+    if f"{name}_leaf" not in batch:
+        return None
+    return {"row": batch[f"{name}_leaf"], "choice": batch[f"{name}_choice"], "v": F.pad(v_ND, (0, 0, 1, 0))}
 
 
-def _cross_entropy(logits_BTK: torch.Tensor, gid_BT: torch.Tensor) -> torch.Tensor:
-    """Of each code, float32 (B, T)."""
-    logits = logits_BTK.float().flatten(0, 1)
-    return F.cross_entropy(logits, gid_BT.flatten(), reduction="none").view_as(gid_BT)
+def leaf_logits(d_MD: torch.Tensor, v_MCD: torch.Tensor, exists_MC: torch.Tensor) -> torch.Tensor:
+    """d . v_i of the items below a prefix, float32 (M, C); -inf where exists_MC is 0."""
+    logits_MC = (v_MCD @ d_MD.float()[..., None])[..., 0]
+    return logits_MC.masked_fill(exists_MC == 0, -torch.inf)
 
 
 def sampled_softmax(
@@ -363,21 +415,33 @@ class _AllGather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def init_items(model: ColaRec, item_embeddings: torch.Tensor, seed: int) -> None:
-    """Starts the atomic item embeddings at the CF embeddings (I + 1, dim) under a random orthonormal map.
+@torch.no_grad()
+def init_items(model: ColaRec, item_embeddings: torch.Tensor, gids: torch.Tensor, seed: int) -> None:
+    """Starts the atomic item embeddings at the CF embeddings (I + 1, dim) under a random orthonormal map, and those of
+    prefixes, where there are any, at the mean of the items below.
 
     Inner products are kept up to a factor, so that what LightGCN knows of neighbourhoods is there at step 0. The item
     table must be exact: a row of a hashed one belongs to many items.
+
+    Args:
+        gids: int64 (I + 1, l).
     """
     generator = torch.Generator().manual_seed(seed)
     width, dim = model.item.weight.shape[1], item_embeddings.shape[1]
     rotation, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
     mapped = item_embeddings[1:].float() @ rotation[:dim, :width]
     mapped *= EMBEDDING_STD / mapped.std().clamp_min(1e-12)
+    if model.config.leaves_are_items:
+        prefix = torch.zeros_like(gids[1:, 0])
+        for level in range(model.config.code_levels):
+            prefix = prefix * model.config.branching + gids[1:, level]
+            codes = model.prefix_codebooks[level - 1].flatten(0, 1) if level else model.codebook_TKD[0]
+            there, place, count = prefix.unique(return_inverse=True, return_counts=True)
+            sums = mapped.new_zeros(len(there), width).index_add_(0, place, mapped)
+            codes[there] = sums / count[:, None]
     if isinstance(model.item, tables.RowwiseEmbedding):
         return model.item.set_rows(F.pad(mapped, (0, 0, 1, 0)))
-    with torch.no_grad():
-        model.item.weight[1:] = mapped
+    model.item.weight[1:] = mapped
 
 
 def _table(config: ColaRecConfig, rows: int) -> nn.Embedding:

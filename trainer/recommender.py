@@ -3,8 +3,8 @@
 What ranks the items is `eval.mode`:
 
     generative  log p(GID | X_u), of what a beam of `eval.beams` prefixes finds
-    dense       h(X_u) . h(X_i), of all items
-    hybrid      log p(GID | X_u) + eval.hybrid * h(X_u) . h(X_i), of the best `eval.beams` by either
+    dense       h(X_u) . v_i, of all items
+    hybrid      log p(GID | X_u) + eval.hybrid * h(X_u) . v_i, of the best `eval.beams` by either
 
 The weight `eval.hybrid` of a trained model is the one that ranked best when it was validated, unless it is set.
 
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from contract import config as config_module
 from contract.artifacts import Artifact
@@ -44,7 +45,7 @@ class Candidates(NamedTuple):
     near_BN: torch.Tensor
 
     def best(self, weight: float, k: int) -> Ranked:
-        """The k best by log p(GID | X_u) + weight * h(X_u) . h(X_i)."""
+        """The k best by log p(GID | X_u) + weight * h(X_u) . v_i."""
         return dense.hybrid(self.item_BN, self.log_p_BN, self.near_BN, weight, k)
 
 
@@ -93,12 +94,19 @@ class Recommender:
         self._exhaustive = config.eval.exhaustive or config.eval.beams >= len(items_C)
         self._may_be_scored = torch.zeros(self.catalog.num_items + 1, dtype=torch.bool, device=device)
         self._may_be_scored[torch.from_numpy(np.append(items_C, 0)).to(device)] = True
-        if self._ranks_by != "dense":
-            self._tree = GidTree(self.catalog.gids, config.gid.branching, items_C).to(device)
-            self._gids = torch.from_numpy(self.catalog.gids.astype(np.int16)).to(device)
+        self._tree = GidTree(catalog.gids, config.gid.branching, items_C).to(device)
+        self._gids = torch.from_numpy(catalog.gids.astype(np.int16)).to(device)
+        self._v_ID = None
+        if model.config.leaves_are_items:  # of all, as they compete with all below a prefix
+            every = np.arange(1, catalog.num_items + 1)
+            self._v_ID = F.pad(dense.item_vectors(config, model, catalog, device, every, "v"), (0, 0, 1, 0))
         if self._ranks_by != "generative":
-            vectors_CD = dense.item_vectors(config, self.model, self.catalog, device, items_C)
-            self._index = dense.Index(vectors_CD, items_C, self.catalog.num_items)
+            which = dense.found_by(model)
+            if which == "v" and self._v_ID is not None:
+                vectors_CD = self._v_ID[1:] if only is None else self._v_ID[items_C]
+            else:
+                vectors_CD = dense.item_vectors(config, model, catalog, device, items_C, which)
+            self._index = dense.Index(vectors_CD, items_C, catalog.num_items)
 
     @torch.no_grad()
     def recommend(self, batch: dict, k: int, states_BLD: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -143,11 +151,17 @@ class Recommender:
         states_BLD = self.model.encode(user)
         score_BN = torch.zeros(item_BN.shape, device=self.device)
         if self._ranks_by != "dense":
-            score_BN += self._log_p(states_BLD, user, item_BN)
+            score_BN += self.log_p(states_BLD, user["mask"], item_BN).sum(-1)
         if self._ranks_by != "generative":
             weight = 1.0 if self._ranks_by == "dense" else self.config.eval.hybrid
             score_BN += weight * self._index.scores(dense.user_vectors(self.model, states_BLD, user), item_BN)
         return score_BN.masked_fill(item_BN == 0, -torch.inf)
+
+    @torch.no_grad()
+    def log_p(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor, item_BN: torch.Tensor) -> torch.Tensor:
+        """log p of each code of the GIDs of N items for each user, float32 (B, N, l); of item 0 meaningless."""
+        gid_BNT = self._gids[item_BN].long()
+        return gid_log_p(self.model, self._tree, states_BLD, mask_BL, item_BN, gid_BNT, self._v_ID)
 
     @torch.no_grad()
     def candidates(self, batch: dict, k: int, states_BLD: torch.Tensor) -> Candidates:
@@ -162,7 +176,7 @@ class Recommender:
         near = self._index.search(user_BD, width, *seen)
         generated = self._generate(states_BLD, user, seen, width)
         item_BN = torch.cat([generated[0], near[0]], 1)
-        log_p_BN = torch.cat([generated[1], self._log_p(states_BLD, user, near[0])], 1)
+        log_p_BN = torch.cat([generated[1], self.log_p(states_BLD, user["mask"], near[0]).sum(-1)], 1)
         return Candidates(generated, near, item_BN, log_p_BN, self._index.scores(user_BD, item_BN))
 
     def _on_device(self, batch: dict) -> tuple:
@@ -174,7 +188,7 @@ class Recommender:
     def _generate(self, states_BLD: torch.Tensor, user: dict, seen: list, k: int) -> Ranked:
         if self._exhaustive:
             return self._rank_all(states_BLD, user, None, seen, k)[0]
-        return beam_search(self.model, self._tree, user, self.config.eval.beams, k, *seen, states_BLD)
+        return beam_search(self.model, self._tree, user, self.config.eval.beams, k, *seen, states_BLD, self._v_ID)
 
     def _rank_all(
         self, states_BLD: torch.Tensor, user: dict, user_BD: torch.Tensor | None, seen: list, k: int
@@ -182,7 +196,7 @@ class Recommender:
         """The best of all items by log p, and by the hybrid's sum (by log p again without user_BD)."""
         none = torch.zeros(len(states_BLD), 0, dtype=torch.long, device=self.device), states_BLD[:, 0, :0].float()
         best = [none, none]
-        for item_C, log_p_BC in all_items(self.model, self._tree, states_BLD, user["mask"]):
+        for item_C, log_p_BC in all_items(self.model, self._tree, states_BLD, user["mask"], v_ID=self._v_ID):
             scores = [log_p_BC, log_p_BC]
             if user_BD is not None:
                 scores[1] = log_p_BC + self.config.eval.hybrid * (user_BD @ self._index.vectors(item_C).T)
@@ -191,9 +205,6 @@ class Recommender:
                 score_BN = torch.cat([best[i][1], score_BC], 1)
                 best[i] = best_items(item_BN, score_BN, k, self.catalog.num_items, *seen)
         return best[0], best[1]
-
-    def _log_p(self, states_BLD: torch.Tensor, user: dict, item_BN: torch.Tensor) -> torch.Tensor:
-        return gid_log_p(self.model, states_BLD, user["mask"], self._gids[item_BN].long())
 
     def _check_items(self, item_BN: torch.Tensor) -> None:
         known_BN = (item_BN >= 0) & (item_BN <= self.catalog.num_items)

@@ -295,10 +295,17 @@ class Training:
 
     def _describe(self, measured: dict[str, float]) -> str:
         levels = ", ".join(f"{value:.3f}" for name, value in measured.items() if name.startswith("rec_level"))
+        chance = f"by chance {math.log(self.config.gid.branching):.3f}" + (
+            " or less at the last" if self.engine.module.config.leaves_are_items else ""
+        )
+        halves = ""
+        if "hybrid" in measured:
+            alone = (f"{half} {measured[f'{half}_ndcg@10']:.4f}" for half in ("generative", "dense"))
+            halves = f" ({', '.join(alone)}; weight {measured['hybrid']:g})"
         return (
-            f"valid loss {measured['rec']:.4f} (levels {levels}; by chance {math.log(self.config.gid.branching):.3f}), "
-            f"recall@10 {measured['recall@10']:.4f}, ndcg@10 {measured['ndcg@10']:.4f} of {measured['num_users']:.0f} "
-            f"users, in {measured['seconds']:.1f} s"
+            f"valid loss {measured['rec']:.4f} (levels {levels}; {chance}), recall@10 {measured['recall@10']:.4f}, "
+            f"ndcg@10 {measured['ndcg@10']:.4f}{halves} of {measured['num_users']:.0f} users, "
+            f"in {measured['seconds']:.1f} s"
         )
 
     @property

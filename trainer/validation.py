@@ -62,8 +62,9 @@ def validate(
     for batch in batches:
         on_device = loader.to_device(batch, device)
         states = model.encode(on_device["user"])
-        log_p = model.gid_log_likelihood(states, on_device)
-        total[:levels] -= log_p.double().sum(0).cpu()
+        row = on_device["pair_row"]
+        log_p = recommender.log_p(states[row], on_device["user"]["mask"][row], on_device["pair_item"][:, None])
+        total[:levels] -= log_p.double().sum((0, 1)).cpu()
         total[levels] += len(log_p)
         lists = _lists(config, recommender, on_device, states, weights)
         if batch["user_idx"].any():  # the others only fill up

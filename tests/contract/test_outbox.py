@@ -171,6 +171,30 @@ def test_what_a_dead_server_and_a_killed_process_leave_is_sent_later(settings, s
     assert status(settings, run.run_id) == "RUNNING"  # how the killed process left it
 
 
+def test_the_last_record_is_sent_however_late_it_comes(tmp_path, monkeypatch):
+    """What a stage puts and closes while the thread finds nothing to send."""
+    settings = load(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    with track(settings, "gid") as run:
+        pass
+    box = outbox.Outbox(settings.work_dir / outbox.QUEUE / run.run_id, settings.tracking.uri, print)
+    send_some, late = box.send_some, [{"time": 1, "step": 1, "metrics": {"loss": 1.0}}]
+
+    def find_nothing_at_first():
+        count = send_some()
+        if late:
+            box.put(late.pop())
+            box._closing.set()
+        return count
+
+    monkeypatch.setattr(box, "send_some", find_nothing_at_first)
+    box.start()
+    while late:
+        time.sleep(0.01)
+    box.close()
+    assert not (settings.work_dir / outbox.QUEUE).exists()
+    assert history(settings, run.run_id) == [(1, 1.0)]
+
+
 def test_refused_and_torn_records_hold_up_no_other(tmp_path, capsys):
     settings = load(tmp_path, f"sqlite:///{tmp_path / 'mlflow.db'}")
     with track(settings, "gid") as run:

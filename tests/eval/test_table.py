@@ -143,10 +143,11 @@ def test_what_is_not_results_is_refused(text, tmp_path):
             {"split": "by time, the last 7 days test, the 3.5 before them valid"},
         ),
         ({"eval.hybrid": "0"}, {"decoding": "100 beams over the GIDs of all items"}),
-        ({"eval.mode": "dense"}, {"decoding": "all items by h(X_u) . h(X_i)"}),
+        ({"eval.mode": "dense"}, {"decoding": "all items by h(X_u) . v_i"}),
+        ({"eval.mode": "dense", "loss.softmax": "0"}, {"decoding": "all items by h(X_u) . h(X_i)"}),
         (
             {"eval.beams": "567", "eval.hybrid": "4"},
-            {"decoding": "the GIDs of all items, ranked by log p + 4 h(X_u) . h(X_i)"},
+            {"decoding": "the GIDs of all items, ranked by log p + 4 h(X_u) . v_i"},
         ),
         ({"eval.exhaustive": "true", "eval.mode": "generative"}, {"decoding": "the GIDs of all items"}),
         ({"etl.split": "random"}, {"split": "at random, 0.8:0.1:0.1 of each user's items"}),
@@ -160,4 +161,5 @@ def test_the_protocol_says_what_was_compared(overrides, expected, tmp_path):
     assert facts["data"].startswith("small: 1,234 ")
     assert "567 items" in facts["data"]
     assert facts["trained"] == "3 min"
-    assert facts["training"].endswith("loss 1 rec + 1 index + 1 softmax + 0.1 contrastive")
+    softmax = "" if "loss.softmax" in overrides else "1 softmax + "
+    assert facts["training"].endswith(f"loss 1 rec + 1 index + {softmax}0.1 contrastive")

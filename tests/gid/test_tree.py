@@ -26,12 +26,10 @@ def test_codes_and_children_against_all_prefixes(seed, some):
     items = np.arange(1, catalog + 1)
     only = rng.choice(items, rng.integers(1, len(items) + 1)) if some else None
     tree = GidTree(with_padding(gids), branching, only)
-    items = items if only is None else np.unique(only)
-    gids = gids[items - 1]
-    assert (tree.num_items, tree.num_leaves) == (catalog, len(gids))
-    assert (tree.length, tree.branching) == (length, branching)
+    kept = gids if only is None else gids[np.unique(only) - 1]
+    assert (tree.num_items, tree.length, tree.branching) == (catalog, length, branching)
     for level in range(length):
-        parents, children = prefixes(gids, level), prefixes(gids, level + 1)
+        parents, children, lead_on = prefixes(gids, level), prefixes(gids, level + 1), prefixes(kept, level + 1)
         assert tree.nodes_per_level[level : level + 2] == [len(parents), len(children)]
         nodes = torch.arange(len(parents))
         codes = tree.codes(level, nodes)
@@ -42,12 +40,19 @@ def test_codes_and_children_against_all_prefixes(seed, some):
         for node, parent in enumerate(parents):
             expected = [code for code in range(branching) if (*parent, code) in children]
             sizes.append(len(expected))
-            assert codes[node].tolist() == expected + [-1] * (width - len(expected))
+            some = [code if (*parent, code) in lead_on else -1 for code in expected]
+            assert codes[node].tolist() == some + [-1] * (width - len(expected))
             assert child[node, : len(expected)].tolist() == [children.index((*parent, code)) for code in expected]
         assert width == max(sizes)
         assert child.max() < len(children)
     of_item = dict(zip(items.tolist(), gids.tolist(), strict=True))
     assert [tuple(of_item[int(item)]) for item in tree.leaf_item] == prefixes(gids, length)
+    parents = prefixes(gids, length - 1)
+    below = tree.items(torch.arange(len(parents)))
+    for node, parent in enumerate(parents):
+        of_parent = [item for item in tree.leaf_item.tolist() if tuple(of_item[item][:-1]) == parent]
+        assert below[node].tolist() == of_parent + [0] * (below.shape[1] - len(of_parent))
+        assert tree.parent(torch.tensor(of_parent)).tolist() == [node] * len(of_parent)
 
 
 def test_codes_of_beams():
@@ -68,9 +73,6 @@ def test_siblings_share_the_prefix():
     for item in range(1, 6):
         same = [j for j in range(1, 6) if gids[j - 1, 0] == gids[item - 1, 0]]
         assert siblings.row(tree.group[item]).tolist() == same
-    some = GidTree(with_padding(gids), only=np.array([4, 5, 2]))
-    assert some.group.tolist() == [0, 0, 1, 0, 1, 2]
-    assert [some.siblings().row(row).tolist() for row in range(3)] == [[], [2, 4], [5]]
 
 
 def test_tree_refuses_twins_and_codes_out_of_range():

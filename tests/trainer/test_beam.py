@@ -7,46 +7,51 @@ import torch
 
 from gid.tree import GidTree
 from tests import tiny
-from trainer import loader
+from trainer import dense, loader
 from trainer.beam import all_items, beam_search, gid_log_p
 
 
 @pytest.fixture
 def room(tmp_path):
-    """A function (**overrides) -> (model with weights far from its start, tree, catalog, an eval batch)."""
+    """A function (codebooks, **overrides) -> (model with weights far from its start, tree, catalog, an eval batch)."""
 
-    def make(**overrides):
-        config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", model__num_decoder_layers="2", **overrides)
+    def make(codebooks="level", **overrides):
+        overrides |= {"model__num_decoder_layers": "2", "model__codebooks": codebooks}
+        make.config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", **overrides)
         with torch.no_grad():
-            (model.codebook_TKD if model.head_TKD is None else model.head_TKD).mul_(
-                100
-            )  # probabilities that differ clearly between codes and between users
+            # Probabilities that differ clearly between codes and between users.
+            for codes in (model.codebook_TKD if model.head_TKD is None else model.head_TKD, *model.prefix_codebooks):
+                codes.mul_(100)
             model.start_D.mul_(10)
-        batch = next(loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1))
-        return model, GidTree(catalog.gids, config.gid.branching), catalog, batch
+            model.item.weight.mul_(30)
+        batch = next(loader.eval_batches(make.config, catalog, corpus, "test", 7, 0, 1))
+        return model, GidTree(catalog.gids, 4), catalog, batch
 
     return make
 
 
 @torch.no_grad()
-def enumerate_items(model, catalog, batch) -> torch.Tensor:
+def enumerate_items(room, model, catalog, batch) -> torch.Tensor:
     """(B, I + 1): log p of every item's GID, by the model's training code."""
-    states = model.encode(batch["user"])
-    scores = []
-    for item in range(catalog.num_items + 1):
-        gid = torch.from_numpy(catalog.gids[item]).expand(len(states), -1)
-        scores.append(-model.gid_loss(states, batch["user"]["mask"], gid).sum(1))
-    scores = torch.stack(scores, 1)
-    scores[:, 0] = -math.inf
-    return scores
+    log_p = tiny.log_p_of_all_items(room.config, model, catalog, batch).sum(-1)
+    return torch.nn.functional.pad(log_p, (1, 0), value=-math.inf)
 
 
-@pytest.mark.parametrize("tied", ["true", "false"])
-def test_wide_beam_equals_full_enumeration(room, tied):
-    model, tree, catalog, batch = room(model__tie_codebooks=tied)
-    scores = enumerate_items(model, catalog, batch)
+def leaves(room, model, catalog):
+    """v_i of all items, where leaves are items."""
+    if not model.config.leaves_are_items:
+        return None
+    every = np.arange(1, catalog.num_items + 1)
+    v = dense.item_vectors(room.config, model, catalog, torch.device("cpu"), every, "v")
+    return torch.nn.functional.pad(v, (0, 0, 1, 0))
+
+
+@pytest.mark.parametrize(("codebooks", "tied"), [("level", "true"), ("level", "false"), ("prefix", "true")])
+def test_wide_beam_equals_full_enumeration(room, codebooks, tied):
+    model, tree, catalog, batch = room(codebooks, model__tie_codebooks=tied)
+    scores, v = enumerate_items(room, model, catalog, batch), leaves(room, model, catalog)
     assert scores[:, 1:].std() > 0.5
-    item, score = beam_search(model, tree, batch["user"], num_beams=1000, num_results=40)
+    item, score = beam_search(model, tree, batch["user"], num_beams=1000, num_results=40, v_ID=v)
     expected = scores.sort(descending=True, dim=1)
     assert torch.equal(item, expected.indices[:, :40])
     assert torch.allclose(score, expected.values[:, :40], atol=1e-4)
@@ -61,7 +66,7 @@ def test_random_trees_with_ties_and_seen_items(room, seed):
     rng = np.random.default_rng(seed)
     paths = np.stack(np.unravel_index(rng.permutation(64)[:40], (4, 4, 4)), 1)
     catalog = dataclasses.replace(catalog, gids=np.concatenate([np.zeros((1, 3), np.int64), paths]))
-    scores = enumerate_items(model, catalog, batch)
+    scores = enumerate_items(room, model, catalog, batch)
     scores[batch["seen_row"], batch["seen_item"]] = -math.inf
     rounded = scores.double().round(decimals=4) - torch.arange(41) * 1e-7
     assert (scores[:, 1:].double().round(decimals=4).sort(1).values.diff(dim=1) == 0).any()
@@ -72,43 +77,45 @@ def test_random_trees_with_ties_and_seen_items(room, seed):
     assert torch.allclose(score, scores.gather(1, expected), atol=1e-4)
 
 
+@pytest.mark.parametrize("codebooks", ["level", "prefix"])
 @pytest.mark.parametrize("rows_at_once", [1, 30, 10_000])
-def test_all_items_are_scored_once_in_parts_of_any_size(room, rows_at_once):
-    model, _, catalog, batch = room()
+def test_all_items_are_scored_once_in_parts_of_any_size(room, rows_at_once, codebooks):
+    model, _, catalog, batch = room(codebooks)
+    v = leaves(room, model, catalog)
     some = np.array([3, 4, 7, 20, 21, 22, 39])
     tree = GidTree(catalog.gids, 4, some)
-    parts = list(all_items(model, tree, model.encode(batch["user"]), batch["user"]["mask"], rows_at_once))
+    parts = list(all_items(model, tree, model.encode(batch["user"]), batch["user"]["mask"], rows_at_once, v))
     items = torch.cat([item for item, _ in parts])
     assert sorted(items.tolist()) == some.tolist()
     assert (len(parts) > 1) == (rows_at_once < 10_000)
-    expected = enumerate_items(model, catalog, batch)[:, items]
+    expected = enumerate_items(room, model, catalog, batch)[:, items]
     assert torch.allclose(torch.cat([log_p for _, log_p in parts], 1), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("codebooks", ["level", "prefix"])
 @torch.no_grad()
-def test_log_p_of_given_items_is_that_of_enumeration(room):
-    model, _, catalog, batch = room()
+def test_log_p_of_given_items_is_that_of_enumeration(room, codebooks):
+    model, tree, catalog, batch = room(codebooks)
     states = model.encode(batch["user"])
     items = torch.randint(1, catalog.num_items + 1, (len(states), 9), generator=torch.Generator().manual_seed(0))
-    found = gid_log_p(model, states, batch["user"]["mask"], torch.from_numpy(catalog.gids)[items])
-    expected = enumerate_items(model, catalog, batch).gather(1, items)
-    assert torch.allclose(found, expected, atol=1e-4)
+    gids, v = torch.from_numpy(catalog.gids)[items], leaves(room, model, catalog)
+    found = gid_log_p(model, tree, states, batch["user"]["mask"], items, gids, v)
+    expected = enumerate_items(room, model, catalog, batch).gather(1, items)
+    assert torch.allclose(found.sum(-1), expected, atol=1e-4)
 
 
-def test_narrow_beam_follows_the_best_prefixes(room):
+@pytest.mark.parametrize("codebooks", ["level", "prefix"])
+def test_narrow_beam_follows_the_best_prefixes(room, codebooks):
     """Beam search on the enumerated probabilities, written with loops."""
-    model, tree, catalog, batch = room()
-    states = model.encode(batch["user"])
+    model, tree, catalog, batch = room(codebooks)
     num_beams = 3
-    item, score = beam_search(model, tree, batch["user"], num_beams, num_results=5)
-    for row in range(len(states)):
-        inputs = {"states": states[row : row + 1], "mask": batch["user"]["mask"][row : row + 1]}
+    item, score = beam_search(model, tree, batch["user"], num_beams, num_results=5, v_ID=leaves(room, model, catalog))
+    every = tiny.log_p_of_all_items(room.config, model, catalog, batch)
+    for row in range(len(every)):
         log_p = {}  # of every prefix, from the items under it
         for i in range(1, catalog.num_items + 1):
-            gid = torch.from_numpy(catalog.gids[i : i + 1])
-            losses = -model.gid_loss(inputs["states"], inputs["mask"], gid)[0].detach()
             for t in range(1, 4):
-                log_p[tuple(gid[0, :t].tolist())] = losses[:t].sum().item()
+                log_p[tuple(catalog.gids[i, :t].tolist())] = every[row, i - 1, :t].sum().item()
         beams = [()]
         for t in range(1, 4):
             grown = [p for p in log_p if len(p) == t and p[:-1] in beams]

@@ -9,18 +9,18 @@ from trainer.inputs import item_inputs
 INF = float("inf")
 
 
-@pytest.mark.parametrize("softmax", ["0", "1"])
+@pytest.mark.parametrize("which", ["h", "v"])
 @torch.no_grad()
-def test_item_vectors_are_those_of_each_item_alone(tmp_path, monkeypatch, softmax):
-    config, _, catalog, model = tiny.tiny_room(tmp_path / "work", loss__softmax=softmax)
+def test_item_vectors_are_those_of_each_item_alone(tmp_path, monkeypatch, which):
+    config, _, catalog, model = tiny.tiny_room(tmp_path / "work")
     monkeypatch.setattr(dense, "ITEMS_AT_ONCE", 7)
     items = np.array([1, 2, 3, 5, 7, 8, 9, 20, 40])
-    vectors = dense.item_vectors(config, model, catalog, torch.device("cpu"), items)
+    vectors = dense.item_vectors(config, model, catalog, torch.device("cpu"), items, which)
     assert vectors.shape == (9, config.model.d_model)
     for row, item in enumerate(items):
         alone = loader.to_tensors(item_inputs(config, catalog, np.array([item]), key=config.seed))
         expected = model.encode(alone)[0, alone["eos"][0]] * config.model.d_model**-0.5
-        if softmax == "1":  # what they are in the input
+        if which == "v":  # what they are in the input
             tokens = model.token.weight[alone["content_tokens"]].mean(0)
             expected = model.item.weight[item] + tokens
         assert torch.allclose(vectors[row], expected, atol=1e-6)

@@ -1,11 +1,12 @@
 """The model and its decoding give on a CUDA device what they give on the CPU."""
 
+import numpy as np
 import pytest
 import torch
 
 from gid.tree import GidTree
 from tests import tiny
-from trainer import loader
+from trainer import dense, loader
 from trainer.beam import beam_search
 
 pytestmark = pytest.mark.gpu
@@ -35,11 +36,14 @@ def test_losses_and_gradients(room):
 def test_beam_search(room):
     config, corpus, catalog, model = room
     with torch.no_grad():
-        model.codebook_TKD.mul_(30)
+        for codes in (model.codebook_TKD, *model.prefix_codebooks, model.item.weight):
+            codes.mul_(30)
     batch = next(loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1))
     found = {}
     for device in ("cpu", "cuda"):
         tree, on_device = GidTree(catalog.gids, 4).to(device), loader.to_device(batch, torch.device(device))
-        item, _ = beam_search(model.to(device), tree, on_device["user"], 20, 10)
+        every = np.arange(1, catalog.num_items + 1)
+        v = dense.item_vectors(config, model.to(device), catalog, torch.device(device), every, "v")
+        item, _ = beam_search(model, tree, on_device["user"], 20, 10, v_ID=torch.nn.functional.pad(v, (0, 0, 1, 0)))
         found[device] = item.cpu()
     assert torch.equal(found["cuda"], found["cpu"])

@@ -13,12 +13,13 @@ from trainer import model as model_module
 
 @pytest.fixture
 def room(tmp_path):
-    """A function (**overrides) -> (config, model in eval mode, first batch)."""
+    """A function (**overrides) -> (config, model in eval mode, first batch); `make.catalog` is the catalog."""
 
     def make(**overrides):
-        config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", **overrides)
+        config, corpus, make.catalog, model = tiny.tiny_room(tmp_path / "work", **overrides)
+        make.eval = corpus, "test", 7, 0, 1
         shards = loader.shard_paths(corpus, "train")
-        (batch,) = next(iter(loader.TrainBatches(config, catalog, shards, 0, 1, range(3), 10)))
+        (batch,) = next(iter(loader.TrainBatches(config, make.catalog, shards, 0, 1, range(3), 10)))
         return config, model, batch
 
     return make
@@ -34,16 +35,48 @@ def rows_of(inputs, row):
     return alone
 
 
-def log_p(model, states, gid):
-    """log p(z_t | X, z_<t) of each level, the decoder run anew for every prefix, straight from the equation."""
-    result = []
+def log_p(model, states, gid, gids=None, v=None):
+    """log p(z_t | X, z_<t) of each level, the decoder run anew for every prefix, straight from the equation.
+
+    Args:
+        gids, v: where leaves are items, the GIDs of all as tuples, {item_idx: tuple}, and v_i, {item_idx: vector}.
+    """
+    branching, result = model.config.branching, []
+
+    def embedding(t, code):
+        prefix = 0
+        for z in gid[:t]:
+            prefix = prefix * branching + z
+        own = model.prefix_codebooks[t - 1][prefix, code] if t and model.config.leaves_are_items else 0
+        return model.codebook_TKD[t, code] + own
+
     for t in range(len(gid)):
-        embeds = torch.stack([model.start_D, *(model.codebook_TKD[s, gid[s]] for s in range(t))])
+        embeds = torch.stack([model.start_D, *(embedding(s, gid[s]) for s in range(t))])
         outputs = model.decoder(inputs_embeds=embeds[None] * embeds.shape[1] ** 0.5, encoder_hidden_states=states)
         d = outputs.last_hidden_state[0, -1]
-        scores = [d @ model.codebook_TKD[t, k] for k in range(model.codebook_TKD.shape[1])]
-        result.append(torch.log_softmax(torch.stack(scores), 0)[gid[t]])
+        if t == len(gid) - 1 and model.config.leaves_are_items:
+            scores = {path[-1]: d @ v[item] for item, path in gids.items() if path[:-1] == tuple(gid[:-1])}
+        else:
+            scores = {k: d @ embedding(t, k) for k in range(branching)}
+        result.append(scores[gid[t]] - torch.logsumexp(torch.stack(list(scores.values())), 0))
     return result
+
+
+def leaves(model, catalog):
+    """The GIDs and v_i of all items, as `log_p` takes them."""
+    every = np.arange(1, catalog.num_items + 1)
+    candidate = loader.to_tensors({"item": every, **catalog_bags(catalog, every)})
+    v = item_vectors(model, candidate)
+    return {
+        "gids": {item: tuple(catalog.gids[item].tolist()) for item in every.tolist()},
+        "v": dict(zip(every.tolist(), v, strict=True)),
+    }
+
+
+def catalog_bags(catalog, items):
+    tokens = [catalog.tokens.row(item) for item in items]
+    lengths = [len(row) for row in tokens]
+    return {"content_tokens": np.concatenate(tokens), "content_offsets": np.cumsum(lengths) - lengths}
 
 
 def item_vectors(model, candidate):
@@ -54,11 +87,11 @@ def item_vectors(model, candidate):
     return model.item.weight[candidate["item"]] + torch.stack(means)
 
 
-@pytest.mark.parametrize("encoding", ["tokens", "pooled"])
+@pytest.mark.parametrize(("encoding", "codebooks"), [("tokens", "level"), ("pooled", "level"), ("pooled", "prefix")])
 @torch.no_grad()
-def test_losses_are_those_of_the_equations(room, encoding):
-    config, model, batch = room(history__encoding=encoding, loss__softmax="0.5")
-    losses = model(batch)
+def test_losses_are_those_of_the_equations(room, encoding, codebooks):
+    config, model, batch = room(history__encoding=encoding, model__codebooks=codebooks)
+    losses, of_leaves = model(batch), leaves(model, room.catalog)
     size = len(batch["next_gid"])
 
     def state(inputs, row):
@@ -74,9 +107,9 @@ def test_losses_are_those_of_the_equations(room, encoding):
         user = state(batch["user"], row)
         positive, negative, sibling = (int(batch[n][row]) for n in ("positive", "negative", "sibling"))
         weight = batch["weight"][row]
-        expected["rec"] -= sum(log_p(model, user, batch["next_gid"][row].tolist())) / 3 * weight
+        expected["rec"] -= sum(log_p(model, user, batch["next_gid"][row].tolist(), **of_leaves)) / 3 * weight
         for i in (positive, negative):
-            expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist())) / 3 / size
+            expected["index"] -= sum(log_p(model, item[i], batch["item"]["gid"][i].tolist(), **of_leaves)) / 3 / size
         expected["bpr"] -= torch.log(torch.sigmoid(scale * user[0, -1] @ (h[positive] - h[negative]))) * weight
         scores, target = v @ user[0, -1], batch["next"][row]
         others = batch["random"] != target
@@ -175,11 +208,40 @@ def test_every_weight_learns(room):
 
 def test_item_init_keeps_inner_products_up_to_a_factor(room):
     _, model, _ = room()
-    embeddings = torch.randn(41, 8)
-    model_module.init_items(model, embeddings, seed=1)
+    embeddings, gids = torch.randn(41, 8), torch.from_numpy(room.catalog.gids)
+    before = model.prefix_codebooks[0].clone()
+    model_module.init_items(model, embeddings, gids, seed=1)
+    for code in range(3):  # codes start amid the items below; the fourth has none
+        below = (gids[1:, 0] == code).nonzero()[:, 0] + 1
+        assert torch.allclose(model.codebook_TKD[0, code], model.item.weight[below].mean(0), atol=1e-6)
+        for second in range(4):
+            those = below[gids[below, 1] == second]
+            expected = model.item.weight[those].mean(0) if len(those) else before[code, second]
+            assert torch.allclose(model.prefix_codebooks[0][code, second], expected, atol=1e-6)
     before, after = embeddings[1:] @ embeddings[1:].T, model.item.weight[1:] @ model.item.weight[1:].T
     assert torch.allclose(after / after.norm(), before / before.norm(), atol=1e-5)
     assert model.item.weight[0].abs().sum() == 0
+
+
+@torch.no_grad()
+def test_leaves_that_are_no_items_take_no_probability(room):
+    config, model, _ = room(gid__branching="7")  # 40 items, 2 codes: 5 or 7 items below each of the first 6 codes
+    batch = next(loader.eval_batches(config, room.catalog, *room.eval))
+    log_p = tiny.log_p_of_all_items(config, model, room.catalog, batch)
+    first = log_p[:, ::7, 0].exp().sum(1)
+    assert log_p.sum(-1).exp().sum(1).tolist() == pytest.approx(first.tolist(), abs=1e-5)
+    assert 0.5 < first.min() < first.max() < 0.99  # the seventh code leads nowhere
+
+
+def test_a_single_level_is_a_softmax_over_the_items(room):
+    config, model, batch = room(gid__branching="64")
+    assert not model.prefix_codebooks
+    model(batch)["loss"].backward()
+    users = next(loader.eval_batches(config, room.catalog, *room.eval))
+    with torch.no_grad():
+        log_p = tiny.log_p_of_all_items(config, model, room.catalog, users)
+    assert log_p.shape[-1] == 1
+    assert log_p.exp().sum((1, 2)).tolist() == pytest.approx([1.0] * len(log_p), abs=1e-5)
 
 
 @torch.no_grad()
@@ -198,7 +260,7 @@ def test_a_causal_encoder_gives_what_it_would_give_of_the_shorter_history(room):
 @torch.no_grad()
 def test_with_a_causal_encoder_the_softmax_has_a_target_after_every_item(room):
     _, model, batch = room(history__attention="causal", loss__softmax="1")
-    losses = model(batch)
+    losses, of_leaves = model(batch), leaves(model, room.catalog)
     states, v = model.encode(batch["user"]), item_vectors(model, batch["candidate"])
     softmax, rec = 0.0, 0.0
     names = ("next_row", "next_at", "next", "next_gid", "next_weight")
@@ -206,7 +268,7 @@ def test_with_a_causal_encoder_the_softmax_has_a_target_after_every_item(room):
         scores, others = v @ states[row, at], batch["random"] != target
         random = scores[batch["random"]][others] - batch["log_q"][others]
         softmax -= (scores[target] - torch.logsumexp(torch.cat([random, scores[target, None]]), 0)) * weight
-        rec -= sum(log_p(model, states[row : row + 1, : at + 1], gid)) / 3 * weight
+        rec -= sum(log_p(model, states[row : row + 1, : at + 1], gid, **of_leaves)) / 3 * weight
     assert losses["softmax"].item() == pytest.approx(float(softmax), rel=1e-4)
     assert losses["rec"].item() == pytest.approx(float(rec), rel=1e-4)
 

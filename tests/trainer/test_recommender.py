@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench.decode_peer import GeneratePeer, PrefixTree, generate
 from contract import config as config_module
@@ -56,13 +57,12 @@ def exact_scores(recommender, batch, mode):
     """(B, I + 1) of all items, from the model's training code; -inf for those seen."""
     model, catalog = recommender.model, recommender.catalog
     states = model.encode(batch["user"])
-    vectors = dense.item_vectors(recommender.config, model, catalog, CPU, np.arange(1, 41))
+    vectors = dense.item_vectors(recommender.config, model, catalog, CPU, np.arange(1, 41), "v")
     total = torch.full((len(states), 41), -INF)
     total[:, 1:] = dense.user_vectors(model, states, batch["user"]) @ vectors.T
     if mode != "dense":
-        gids = torch.from_numpy(catalog.gids)
-        log_p = [-model.gid_loss(states, batch["user"]["mask"], gid.expand(len(states), -1)).sum(1) for gid in gids[1:]]
-        total[:, 1:] = torch.stack(log_p, 1) + (0.5 * total[:, 1:] if mode == "hybrid" else 0)
+        log_p = tiny.log_p_of_all_items(recommender.config, model, catalog, batch).sum(-1)
+        total[:, 1:] = log_p + (0.5 * total[:, 1:] if mode == "hybrid" else 0)
     total[batch["seen_row"], batch["seen_item"]] = -INF
     return total
 
@@ -185,12 +185,13 @@ def test_what_is_no_candidate_is_refused(recommender, only, message):
 @pytest.mark.parametrize("beams", [3, 11])
 def test_generate_of_transformers_finds_the_same_beams(trained, recommender, beams):
     made = recommender(mode="generative")
-    peer, prefixes = GeneratePeer(made.model), PrefixTree(made.catalog.gids)
+    v = F.pad(dense.item_vectors(made.config, made.model, made.catalog, CPU, np.arange(1, 41), "v"), (0, 0, 1, 0))
+    peer, prefixes = GeneratePeer(made.model, made.catalog.gids, v), PrefixTree(made.catalog.gids)
     tree = GidTree(made.catalog.gids, 4)
     for batch in batches(made, trained[1], 15):
         with torch.no_grad():
             states = made.model.encode(batch["user"])
-        item, _ = beam_search(made.model, tree, batch["user"], beams, beams, states_BLD=states)
+        item, _ = beam_search(made.model, tree, batch["user"], beams, beams, states_BLD=states, v_ID=v)
         assert torch.equal(item, generate(peer, prefixes, states, batch["user"]["mask"], beams))
 
 
@@ -208,7 +209,7 @@ def test_a_gpu_gives_the_lists_of_the_cpu(trained, recommender):
 def test_item_vectors_of_two_ranks_are_those_of_one(trained, recommender, monkeypatch):
     config, _ = trained
     monkeypatch.setattr(dense, "ITEMS_AT_ONCE", 7)
-    one = dense.item_vectors(config, recommender().model, recommender().catalog, CPU, np.arange(1, 41)).numpy()
+    one = dense.item_vectors(config, recommender().model, recommender().catalog, CPU, np.arange(1, 41), "v").numpy()
     processes = runs.start(2, [__file__, str(config.work_dir)])
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

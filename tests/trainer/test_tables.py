@@ -279,12 +279,13 @@ def test_two_ranks_equal_one_with_the_whole_batch(tmp_path):
 
 
 def test_cf_start_of_row_wise_items_is_that_of_dense_ones(tmp_path):
-    *_, dense = tiny.tiny_room(tmp_path / "work")
+    *_, catalog, dense = tiny.tiny_room(tmp_path / "work")
     sharded = ColaRec(dense.config, Shard(1, 2))
-    embeddings = torch.randn(41, 8)
-    init_items(dense, embeddings, seed=1)
-    init_items(sharded, embeddings, seed=1)
+    embeddings, gids = torch.randn(41, 8), torch.from_numpy(catalog.gids)
+    init_items(dense, embeddings, gids, seed=1)
+    init_items(sharded, embeddings, gids, seed=1)
     assert torch.equal(sharded.item.weight, dense.item.weight[1::2])
+    assert torch.equal(sharded.codebook_TKD[0, :3], dense.codebook_TKD[0, :3])  # the fourth leads to no item
 
 
 def test_without_user_slots_there_is_no_user_table(tmp_path):

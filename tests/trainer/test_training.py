@@ -44,14 +44,6 @@ def test_learning_rates(tmp_path, schedule, expected):
     assert [learning_rate(config, step, 10) for step in range(10)] == pytest.approx(expected)
 
 
-@torch.no_grad()
-def log_p_of_all_items(net, catalog, batch):
-    """(B, 40, l): of the codes of every item."""
-    rows = torch.arange(len(batch["user_idx"])).repeat_interleave(40)
-    every = batch | {"pair_row": rows, "pair_gid": torch.from_numpy(catalog.gids[1:]).repeat(len(rows) // 40, 1)}
-    return net.gid_log_likelihood(net.encode(batch["user"]), every).view(-1, 40, catalog.gids.shape[1])
-
-
 def ranks(score, batch):
     """The rank of each user's target, from 0, by the scores (B, 40) of all items but those seen."""
     score = score.clone()
@@ -85,7 +77,7 @@ def test_validation_equals_the_ranking_of_all_items(valid_room, attention):
     found = validate(config, corpus, catalog, net, torch.device("cpu"), lambda: None)
     losses, places = [], []
     for batch in batches:
-        log_p = log_p_of_all_items(net, catalog, batch)
+        log_p = tiny.log_p_of_all_items(config, net, catalog, batch)
         losses += (-log_p[batch["pair_row"], batch["pair_item"] - 1].mean(1)).tolist()
         places += ranks(log_p.sum(-1), batch)
     assert found["num_users"] == len(places) == 60
@@ -104,8 +96,8 @@ def test_validation_chooses_the_weight_that_ranks_best(valid_room):
         places = []
         for batch in batches:
             h = net.encode(batch["user"])[torch.arange(len(batch["user_idx"])), batch["user"]["eos"]]
-            v = dense.item_vectors(config, net, catalog, torch.device("cpu"), np.arange(1, 41))
-            places += ranks(log_p_of_all_items(net, catalog, batch).sum(-1) + weight * (h @ v.T), batch)
+            v = dense.item_vectors(config, net, catalog, torch.device("cpu"), np.arange(1, 41), "v")
+            places += ranks(tiny.log_p_of_all_items(config, net, catalog, batch).sum(-1) + weight * (h @ v.T), batch)
         ndcg[weight] = ndcg_at_10(places)
     best = max(ndcg, key=ndcg.get)
     assert len(set(ndcg.values())) > 4  # the weight matters
