@@ -28,7 +28,7 @@ from bench.train import PAPER, TOKENS
 from contract import config as config_module
 from contract.artifacts import git_revision, open_artifact
 from contract.config import Config
-from trainer import loader
+from trainer import loader, packing
 from trainer.inputs import Catalog, read_catalog
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,8 +51,8 @@ def measure(
 ) -> dict:
     num_steps = -(-samples // config.train.global_batch)
     data = loader.TrainBatches(config, catalog, shards, 0, 1, range(num_steps), epoch_steps)
-    steps = torch.utils.data.DataLoader(data, batch_size=None, collate_fn=loader.pack, num_workers=workers)
-    cpu, batches = cpu_seconds(), (loader.unpack(step, torch.device("cpu")) for step in steps)
+    steps = torch.utils.data.DataLoader(data, batch_size=None, collate_fn=packing.pack, num_workers=workers)
+    cpu, batches = cpu_seconds(), (packing.unpack(step, torch.device("cpu")) for step in steps)
     next(batches)  # shards are open and workers run
     start = time.monotonic()
     counts = [(b["num_tokens"], b["num_positions"], rectangle(b)) for micros in batches for b in micros]

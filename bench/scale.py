@@ -30,7 +30,7 @@ from contract.config import Cf, Config
 from gid.align import align_codes
 from gid.lightgcn import Adjacency, bpr_loss
 from gid.tree import GidTree
-from trainer import dense, loader
+from trainer import dense, loader, packing
 from trainer.beam import beam_search
 from trainer.inputs import item_inputs, read_catalog
 from trainer.model import ColaRec, model_config
@@ -147,7 +147,7 @@ def decode_row(config: Config, shape: str, beams: int, num_users: int) -> dict:
         if users >= num_users:
             break
     seconds = time.process_time() - begin
-    inputs = loader.to_tensors(item_inputs(config, catalog, np.arange(1, ITEMS + 1), key=1))
+    inputs = packing.to_tensors(item_inputs(config, catalog, np.arange(1, ITEMS + 1), key=1))
     begin = time.process_time()
     model.encode(inputs)
     item_seconds = (time.process_time() - begin) / ITEMS

@@ -14,7 +14,7 @@ from contract.config import Config
 from contract.metrics import rows_of, target_ranks
 from contract.schema import Ragged
 from eval.users import EvalUsers
-from trainer import inputs, loader, samples
+from trainer import inputs, loader, packing, samples
 from trainer.inputs import Catalog, History
 from trainer.recommender import Recommender
 from trainer.samples import Block
@@ -131,7 +131,7 @@ def _reasons(
     scores = []
     for begin in range(0, len(history.item_idx), config.eval.batch):
         part = History(*(values[begin : begin + config.eval.batch] for values in vars(history).values()))
-        user = loader.to_tensors(inputs.user_inputs(config, catalog, part))
+        user = packing.to_tensors(inputs.user_inputs(config, catalog, part))
         item_BN = torch.from_numpy(items.astype(np.int64)).expand(len(part.item_idx), -1)
         scores.append(recommender.score({"user": user}, item_BN).cpu().numpy())
     whole, *without = np.concatenate(scores)

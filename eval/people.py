@@ -17,7 +17,7 @@ from contract.schema import Ragged
 from eval.items import ItemNames, nearest
 from trainer import inputs, samples
 from trainer.inputs import Catalog
-from trainer.loader import to_tensors
+from trainer.packing import to_tensors
 from trainer.recommender import Recommender
 
 

@@ -22,7 +22,7 @@ from contract.artifacts import MANIFEST, STAGES, Artifact
 from eval import people
 from eval.items import indices, read_names
 from trainer.beam import best_items
-from trainer.loader import to_tensors
+from trainer.packing import to_tensors
 from trainer.recommender import load
 
 WORK = "work"  # the artifact: a work folder with what is needed of it

@@ -55,6 +55,7 @@ def variants(config: Config) -> list[Variant]:
             "no atomic embeddings, texts alone",
             {"model.item_table": "none", "history.user_slots": 0},
         ),
+        Variant("codebooks_level", "one codebook for all prefixes of a level", {"model.codebooks": "level"}),
         Variant("attention_full", "both directions, a history for each target", {"history.attention": "full"}),
         Variant(
             f"order_{order}",

@@ -14,7 +14,7 @@ from contract import config as config_module
 from contract import schema
 from contract.artifacts import open_artifact, stage_output
 from contract.config import Config
-from trainer import inputs, loader
+from trainer import inputs, packing
 from trainer import model as model_module
 from trainer.inputs import read_catalog
 
@@ -81,7 +81,7 @@ def log_p_of_all_items(config: Config, model, catalog, batch: dict) -> torch.Ten
     states = model.encode(batch["user"])
     every = np.arange(1, catalog.num_items + 1)
     arrays = {"item": every} | inputs.content_bags(config, catalog, every)
-    v_ID = model.item_vectors(loader.to_tensors(arrays))
+    v_ID = model.item_vectors(packing.to_tensors(arrays))
     leaf, choice = (torch.from_numpy(part) for part in inputs.items_of_prefix(catalog, every))
     read, gids, rows = batch["user"]["mask"][:, None], torch.from_numpy(catalog.gids), []
     for item in every:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from contract.config import Config
 from trainer.beam import best_items
 from trainer.inputs import Catalog, content_bags, item_inputs
-from trainer.loader import to_device, to_tensors
 from trainer.model import ColaRec
+from trainer.packing import to_device, to_tensors
 
 ITEMS_AT_ONCE = 1024
 # Scores of a search on a GPU that are in memory at a time, 4 bytes each.

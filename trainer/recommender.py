@@ -28,8 +28,8 @@ from trainer import dense
 from trainer.beam import all_items, beam_search, best_items, gid_log_p
 from trainer.export import load_model
 from trainer.inputs import Catalog, read_catalog
-from trainer.loader import to_device
 from trainer.model import ColaRec
+from trainer.packing import to_device
 
 # Best first: item_idx int64 (B, k), 0 where there are no more, and scores float32 (B, k), -inf there.
 Ranked = tuple[torch.Tensor, torch.Tensor]

@@ -14,7 +14,7 @@ from contract.artifacts import Artifact
 from contract.cli import Preempted, Progress
 from contract.config import Config
 from contract.tracking import Run
-from trainer import engine_state, loader, tables
+from trainer import engine_state, loader, packing, tables
 from trainer.checkpoint import Checkpoints
 from trainer.flops import peak_flops, step_flops
 from trainer.inputs import Catalog
@@ -131,7 +131,7 @@ class Training:
         )
         pin = self.engine.device.type == "cuda"
         return torch.utils.data.DataLoader(
-            data, batch_size=None, collate_fn=loader.pack, num_workers=self.config.train.workers, pin_memory=pin
+            data, batch_size=None, collate_fn=packing.pack, num_workers=self.config.train.workers, pin_memory=pin
         )
 
     def _is_done(self) -> bool:
@@ -140,7 +140,7 @@ class Training:
             return True
         return self.state["step"] >= self.num_steps
 
-    def step(self, batches: Iterator[loader.Packed], window: "Window") -> None:
+    def step(self, batches: Iterator[packing.Packed], window: "Window") -> None:
         step, seen = self.state["step"], []  # (losses, shard) of each micro-batch
         # Dropout follows from (seed, step, rank), so that a resumed run draws what the unbroken one would.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4099 + self.rank)
@@ -148,7 +148,7 @@ class Training:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         begin = time.monotonic()
-        micros = loader.unpack(next(batches), self.engine.device)
+        micros = packing.unpack(next(batches), self.engine.device)
         window.loader_seconds += time.monotonic() - begin
         num_passes = self._agree(len(micros))
         micros += [loader.filler(micros[0])] * (num_passes - len(micros))

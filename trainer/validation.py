@@ -11,7 +11,7 @@ from contract.artifacts import Artifact
 from contract.config import Config
 from contract.metrics import ranking_metrics
 from contract.schema import Ragged
-from trainer import loader
+from trainer import loader, packing
 from trainer.inputs import Catalog
 from trainer.model import ColaRec
 from trainer.recommender import Recommender
@@ -60,7 +60,7 @@ def validate(
         config, catalog, corpus, "valid", config.eval.batch, dist.get_rank(), dist.get_world_size(), sample
     )
     for batch in batches:
-        on_device = loader.to_device(batch, device)
+        on_device = packing.to_device(batch, device)
         states = model.encode(on_device["user"])
         row = on_device["pair_row"]
         log_p = recommender.log_p(states[row], on_device["user"]["mask"][row], on_device["pair_item"][:, None])

@@ -10,7 +10,7 @@ from eval import explain
 from eval.users import EvalUsers, read_eval_users
 from tests import tiny
 from tests.eval.rows import ragged
-from trainer import inputs, loader, samples
+from trainer import inputs, loader, packing, samples
 from trainer.export import write_model
 from trainer.recommender import Recommender, load
 
@@ -47,7 +47,7 @@ def score(recommender: Recommender, events: list[tuple[int, int, int]], item_idx
     block = samples.Block(np.array([1]), one, ts, event, np.zeros(len(items), bool), "")
     rng = np.random.default_rng(0)
     history = samples.eval_histories(recommender.config, recommender.catalog, block, rng)
-    user = loader.to_tensors(inputs.user_inputs(recommender.config, recommender.catalog, history))
+    user = packing.to_tensors(inputs.user_inputs(recommender.config, recommender.catalog, history))
     return float(recommender.score({"user": user}, torch.tensor([[item_idx]]))[0, 0])
 
 

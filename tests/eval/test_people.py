@@ -14,7 +14,7 @@ from eval.items import read_names
 from tests import tiny
 from tests.eval.rows import ragged
 from trainer import inputs, samples
-from trainer.loader import to_tensors
+from trainer.packing import to_tensors
 
 HISTORIES = [[3, 7, 7, 12, 40, 1], [9], [5, 6]]
 HOUR = 3_600_000

@@ -20,8 +20,8 @@ def names(config) -> list[str]:
 
 def test_the_ablations_of_the_paper(config):
     losses = ["no_rec", "no_index", "no_ranking", "no_contrastive"]
-    gids = ["gid_content", "gid_fused", "gid_random"]
-    assert names(config) == ["full", *losses, *gids, "no_content", "no_slots", "order_set", "encoding_tokens"]
+    gids, inputs = ["gid_content", "gid_fused", "gid_random"], ["order_set", "encoding_tokens"]
+    assert names(config) == ["full", *losses, *gids, "no_content", "no_slots", "codebooks_level", *inputs]
     causal = config_module.replace(config, {"history.attention": "causal"})
     assert names(causal)[-3:] == ["attention_full", "order_set", "encoding_tokens"]
     attention = [variants.variant_config(causal, v).history.attention for v in variants.variants(causal)[-3:]]

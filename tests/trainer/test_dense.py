@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tests import tiny
-from trainer import dense, loader
+from trainer import dense, packing
 from trainer.inputs import item_inputs
 
 INF = float("inf")
@@ -18,7 +18,7 @@ def test_item_vectors_are_those_of_each_item_alone(tmp_path, monkeypatch, which)
     vectors = dense.item_vectors(config, model, catalog, torch.device("cpu"), items, which)
     assert vectors.shape == (9, config.model.d_model)
     for row, item in enumerate(items):
-        alone = loader.to_tensors(item_inputs(config, catalog, np.array([item]), key=config.seed))
+        alone = packing.to_tensors(item_inputs(config, catalog, np.array([item]), key=config.seed))
         expected = model.encode(alone)[0, alone["eos"][0]] * config.model.d_model**-0.5
         if which == "v":  # what they are in the input
             tokens = model.token.weight[alone["content_tokens"]].mean(0)

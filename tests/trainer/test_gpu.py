@@ -6,7 +6,7 @@ import torch
 
 from gid.tree import GidTree
 from tests import tiny
-from trainer import dense, loader
+from trainer import dense, loader, packing
 from trainer.beam import beam_search
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def test_losses_and_gradients(room):
     found = {}
     for device in ("cpu", "cuda"):
         model.to(device).zero_grad()
-        losses = model(loader.to_device(batch, torch.device(device)))
+        losses = model(packing.to_device(batch, torch.device(device)))
         losses["loss"].backward()
         gradients = {name: p.grad.cpu().clone() for name, p in model.named_parameters()}
         found[device] = ({name: loss.item() for name, loss in losses.items()}, gradients)
@@ -41,7 +41,7 @@ def test_beam_search(room):
     batch = next(loader.eval_batches(config, catalog, corpus, "test", 7, 0, 1))
     found = {}
     for device in ("cpu", "cuda"):
-        tree, on_device = GidTree(catalog.gids, 4).to(device), loader.to_device(batch, torch.device(device))
+        tree, on_device = GidTree(catalog.gids, 4).to(device), packing.to_device(batch, torch.device(device))
         every = np.arange(1, catalog.num_items + 1)
         v = dense.item_vectors(config, model.to(device), catalog, torch.device(device), every, "v")
         item, _ = beam_search(model, tree, on_device["user"], 20, 10, v_ID=torch.nn.functional.pad(v, (0, 0, 1, 0)))

@@ -11,7 +11,7 @@ from contract import config as config_module
 from contract.artifacts import open_artifact
 from contract.schema import Ragged
 from tests import tiny
-from trainer import inputs, loader, samples
+from trainer import inputs, loader, packing, samples
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def batches(room, rank=0, world_size=1, steps=range(25), workers=0):
     data = loader.TrainBatches(
         config, catalog, loader.shard_paths(corpus, "train"), rank, world_size, steps, epoch_steps
     )
-    packed = torch.utils.data.DataLoader(data, batch_size=None, collate_fn=loader.pack, num_workers=workers)
-    return [loader.unpack(step, torch.device("cpu")) for step in packed]
+    packed = torch.utils.data.DataLoader(data, batch_size=None, collate_fn=packing.pack, num_workers=workers)
+    return [packing.unpack(step, torch.device("cpu")) for step in packed]
 
 
 def content(batch, row):
@@ -158,7 +158,7 @@ def test_packed_micro_batches_are_what_they_were(room):
     config, corpus, catalog = with_train(room, micro_tokens=150)
     data = loader.TrainBatches(config, catalog, loader.shard_paths(corpus, "train"), 0, 1, range(3), 10)
     for micros in data:
-        found = loader.unpack(loader.pack(micros), torch.device("cpu"))
+        found = packing.unpack(packing.pack(micros), torch.device("cpu"))
         assert len(found) == len(micros) > 1
         for before, after in zip(micros, found, strict=True):
             assert_equal(before, after)
@@ -167,7 +167,7 @@ def test_packed_micro_batches_are_what_they_were(room):
 def test_packing_keeps_ids_of_any_size():
     ids = {str(bits): torch.tensor([0, 2**bits - 1, 2**bits]) for bits in (6, 7, 15, 31, 40)}
     micro = ids | {"none": torch.zeros(0, 3, dtype=torch.int64), "share": torch.tensor([0.1, -2.0]), "shard": "a"}
-    (found,) = loader.unpack(loader.pack([micro]), torch.device("cpu"))
+    (found,) = packing.unpack(packing.pack([micro]), torch.device("cpu"))
     assert_equal(micro, found)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from contract.schema import Ragged
 from tests import tiny
-from trainer import inputs, loader
+from trainer import inputs, loader, packing
 from trainer import model as model_module
 
 
@@ -65,7 +65,7 @@ def log_p(model, states, gid, gids=None, v=None):
 def leaves(model, catalog):
     """The GIDs and v_i of all items, as `log_p` takes them."""
     every = np.arange(1, catalog.num_items + 1)
-    candidate = loader.to_tensors({"item": every, **catalog_bags(catalog, every)})
+    candidate = packing.to_tensors({"item": every, **catalog_bags(catalog, every)})
     v = item_vectors(model, candidate)
     return {
         "gids": {item: tuple(catalog.gids[item].tolist()) for item in every.tolist()},
@@ -285,7 +285,7 @@ def test_without_an_item_table_items_are_known_by_their_content_alone(tmp_path, 
     tokens = np.arange(offsets[-1]) % 40 + 3
     tokens[offsets[7] : offsets[8]] = tokens[offsets[5] : offsets[6]]  # items 5 and 7 are alike, 6 is not
     catalog = dataclasses.replace(catalog, tokens=Ragged(tokens, offsets))
-    batch = loader.to_tensors(inputs.item_inputs(config, catalog, np.array([5, 6, 7]), key=0))
+    batch = packing.to_tensors(inputs.item_inputs(config, catalog, np.array([5, 6, 7]), key=0))
     five, six, seven = model.summary(model.encode(batch), batch)
     assert torch.allclose(five, seven, atol=1e-6)
     assert (five - six).abs().max() > 1e-3
