@@ -36,7 +36,7 @@ TRAINING = {
     "batches_sorted": 20,  # so many are cut from their sequences by length, which saves most padding
     "patience": 5,  # epochs without a better valid NDCG@10
     "full_softmax": 2_000,  # items at most; above, the loss is estimated from so many negatives
-    "num_negatives": 1024,
+    "num_negatives": 4096,
     "alpha": 0.5,  # negatives are drawn by the number of train events to this power
 }
 
