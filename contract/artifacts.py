@@ -22,11 +22,13 @@ from contract.config import Config
 MANIFEST = "manifest.json"
 # A log or a shard that was moved is the same one.
 SHAPE_NOTHING = ("data.path", "data.shards_url", "gid.rebuild_share")
+# Settings of [train] that leave the trained model as it is.
+SHAPE_NO_MODEL = ("workers", "log_every", "save_every", "keep_last", "resume", "timeout")
 # What may differ between a training that was interrupted and the one that goes on with it.
 FREE_IN_TRAINING = {
     f"train.{name}"
     for name in (
-        *("workers", "log_every", "save_every", "keep_last", "resume", "timeout"),
+        *SHAPE_NO_MODEL,
         *("zero_stage", "micro_tokens", "length_groups", "eval_every", "patience", "non_finite", "max_skipped"),
     )
 }

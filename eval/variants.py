@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import config as config_module
-from contract.artifacts import STAGES, open_artifact, write_atomically
+from contract.artifacts import SHAPE_NO_MODEL, STAGES, open_artifact, write_atomically
 from contract.config import Config
 
 FULL = "full"
-# Settings of [train] that leave the trained model as it is.
-SHAPE_NO_MODEL = ("workers", "log_every", "save_every", "keep_last", "resume", "timeout")
 
 
 @dataclass(frozen=True)
