@@ -22,8 +22,8 @@ import torch
 from contract import config as config_module
 from contract import schema
 from contract.artifacts import Artifact, git_revision, open_artifact
-from contract.config import Config
 from contract.metrics import ranking_metrics
+from contract.settings import Config
 from eval import baselines
 from eval.users import read_eval_users
 

@@ -27,7 +27,7 @@ import torch
 from bench.train import PAPER, TOKENS
 from contract import config as config_module
 from contract.artifacts import git_revision, open_artifact
-from contract.config import Config
+from contract.settings import Config
 from trainer import loader, packing
 from trainer.inputs import Catalog, read_catalog
 

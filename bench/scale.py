@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from bench.train import SHAPES, measure_ours
 from contract import config as config_module
 from contract.artifacts import git_revision, open_artifact
-from contract.config import Cf, Config
+from contract.settings import Cf, Config
 from gid.align import align_codes
 from gid.lightgcn import Adjacency, bpr_loss
 from gid.tree import GidTree

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from contract.artifacts import git_revision
-from contract.config import Model
+from contract.settings import Model
 from trainer import tables
 from trainer.tables import Addresses, HashEmbedding, RowwiseEmbedding, Shard, splitmix64
 

@@ -32,11 +32,12 @@ import torch
 from contract import config as config_module
 from contract.artifacts import git_revision, open_artifact
 from contract.cli import Progress
-from contract.config import Config
+from contract.settings import Config
 from contract.tracking import Run
 
 RESULTS = Path(__file__).parent / "results"
 PAPER = {
+    "model.codebooks": "level",
     "history.attention": "full",
     "history.order": "set",
     "history.user_slots": "2",

@@ -16,7 +16,7 @@ from torch import nn
 
 from contract import schema
 from contract.artifacts import Artifact
-from contract.config import Config
+from contract.settings import Config
 from trainer import loader, samples
 from trainer.inputs import Catalog
 from trainer.model import ColaRecConfig, t5_stack

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.sites import Job, Profile
-from contract.config import Config
+from contract.settings import Config
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from contract import config as config_module
-from contract.config import Cf, Config
+from contract.settings import Cf, Config
 from gid.hierarchy import gid_length
 from gid.lightgcn import memory_need
 from trainer.flops import decoder_flops, encoder_flops, step_flops

@@ -16,7 +16,7 @@ from cluster import cost
 from cluster.stages import GPU_MEMORY, STAGES, Machines, Row
 from contract import cli
 from contract import config as config_module
-from contract.config import Config
+from contract.settings import Config
 
 WIDTH = 100  # columns of a terminal
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster import cost
-from contract.config import Config
+from contract.settings import Config
 from trainer.flops import PEAK_BF16
 
 # Bytes of a GPU, by the vendors' data sheets; their peak is in trainer/flops.py.

@@ -19,7 +19,7 @@ from cluster.sites import load
 from contract import cli
 from contract import config as config_module
 from contract.artifacts import FREE_IN_TRAINING, open_artifact, write_atomically
-from contract.config import Config
+from contract.settings import Config
 
 ARTIFACTS = {"etl": "corpus", "gid": "gid", "train": "model", "eval": "eval"}  # of the stages, in their order
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import config as config_module
-from contract.config import Config
+from contract.settings import Config
 
 MANIFEST = "manifest.json"
 # A log or a shard that was moved is the same one.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from contract import config as config_module
-from contract.config import Config
+from contract.settings import Config
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 

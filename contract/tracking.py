@@ -13,8 +13,8 @@ from pathlib import Path
 from contract import config as config_module
 from contract.artifacts import git_revision
 from contract.cli import RANK, Progress
-from contract.config import Config
 from contract.outbox import QUEUE, Outbox
+from contract.settings import Config
 
 # An unreachable server must be said within seconds, before the work begins; MLflow alone retries for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

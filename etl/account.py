@@ -11,7 +11,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from contract import schema
-from contract.config import Config
+from contract.settings import Config
 from etl.blocks import Gathered
 from etl.corpus import Written
 from etl.hygiene import Profile

@@ -20,7 +20,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from contract import schema
-from contract.config import Etl
+from contract.settings import Etl
 from etl.readers import file_names, input_bytes
 from etl.tasks import read_arrow, unique_name, write_arrow
 

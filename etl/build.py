@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 from contract import schema
 from contract.artifacts import MAX_BYTES_HASHED_ON_OPEN, sha256, stage_output
 from contract.cli import Progress, parse, run, show_plan
-from contract.config import Config
+from contract.settings import Config
 from contract.spark import spark_session
 from contract.tracking import track
 from etl import account, blocks, content, corpus, hygiene, readers, report, split

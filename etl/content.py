@@ -13,8 +13,8 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from contract.config import Etl
 from contract.schema import EOS, PAD, UNK
+from contract.settings import Etl
 
 MAX_TEXTS = 250_000  # a vocabulary does not improve beyond, and they are read into one machine
 # Only the first tokens of a text are kept, so only about as much of it is read. A token has 4 to 5 characters.

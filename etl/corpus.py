@@ -20,7 +20,7 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from contract import schema
-from contract.config import Etl
+from contract.settings import Etl
 from etl.blocks import Block, Source, item_key, read_block, write_quarantine
 from etl.split import Settled, check_no_leak, mixed
 from etl.tasks import remove_folder, run_tasks, unique_name

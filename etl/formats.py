@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from contract import schema
-from contract.config import Config, Data
+from contract.settings import Config, Data
 from etl.rows import (
     csv_rows,
     first_line,

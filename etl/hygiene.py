@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from contract.config import Etl
+from contract.settings import Etl
 
 MS_PER_DAY = 86_400_000
 FIRST_MS = 788_918_400_000  # 1995-01-01: no shop's log is older

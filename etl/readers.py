@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
 
-from contract.config import Config, Data
+from contract.settings import Config, Data
 from etl import formats
 from etl.rows import EVENTS, ITEMS, file_names, granule_bytes, no_items
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from contract.config import Etl
 from contract.schema import CONTEXT, NO_TIME, SPLITS, TEST, TRAIN, VALID, ragged
+from contract.settings import Etl
 from etl.blocks import Block, read_block, write_block
 from etl.kcore import survivors
 from etl.tasks import read_items, run_tasks, unique_name

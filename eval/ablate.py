@@ -26,7 +26,7 @@ from contract import cli
 from contract import config as config_module
 from contract.artifacts import Artifact, lock, open_artifact, write_atomically
 from contract.cli import Progress
-from contract.config import Config
+from contract.settings import Config
 from contract.tracking import Run, track
 from eval import contrast, table
 from eval.programs import call, reason

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from contract.artifacts import Artifact
-from contract.config import Config
 from contract.metrics import ranking_metrics
 from contract.schema import ragged
+from contract.settings import Config
 from eval.metrics import bootstrap_interval
 from eval.users import read_eval_users
 from eval.variants import FULL, Variant

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from contract.artifacts import Artifact
-from contract.config import Config
 from contract.metrics import rows_of, target_ranks
 from contract.schema import Ragged
+from contract.settings import Config
 from eval.users import EvalUsers
 from trainer import inputs, loader, packing, samples
 from trainer.inputs import Catalog, History

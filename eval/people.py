@@ -12,8 +12,8 @@ import sentencepiece
 
 from contract import schema
 from contract.artifacts import Artifact
-from contract.config import Config
 from contract.schema import Ragged
+from contract.settings import Config
 from eval.items import ItemNames, nearest
 from trainer import inputs, samples
 from trainer.inputs import Catalog

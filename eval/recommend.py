@@ -25,7 +25,7 @@ from contract import cli
 from contract import config as config_module
 from contract.artifacts import STAGES, Artifact, exclusively, open_artifact
 from contract.cli import RANK, Progress
-from contract.config import Config
+from contract.settings import Config
 from eval import people
 from eval.items import ItemNames, choose, read_names
 from eval.known import Histories, find_users

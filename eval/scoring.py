@@ -7,8 +7,8 @@ import numpy as np
 from contract import schema
 from contract.artifacts import Artifact
 from contract.cli import Progress
-from contract.config import Config, Train
 from contract.metrics import rows_of
+from contract.settings import Config, Train
 from eval import baselines, metrics, otto, slices, table
 from eval.metrics import Lists
 from eval.users import EvalUsers

@@ -25,7 +25,7 @@ from contract import cli
 from contract import config as config_module
 from contract.artifacts import MANIFEST, STAGES, Artifact, open_artifact
 from contract.cli import Progress
-from contract.config import Config
+from contract.settings import Config
 from contract.tracking import absolute_uri, track
 from eval.items import read_names
 from eval.served import WORK

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contract.artifacts import git_revision, write_atomically
-from contract.config import Config
+from contract.settings import Config
 
 LINE = 110  # columns of a terminal that sentences are broken at
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from contract import config as config_module
 from contract.artifacts import SHAPE_NO_MODEL, STAGES, open_artifact, write_atomically
-from contract.config import Config
+from contract.settings import Config
 
 FULL = "full"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from contract.config import Cf
 from contract.schema import TRAIN, VALID, read_interactions
+from contract.settings import Cf
 from gid.lightgcn import Embeddings, ValidRecall
 
 # Iterations between checkpoints. Every iteration hangs on the one before: a long chain overflows the JVM's stack.

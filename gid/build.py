@@ -26,8 +26,8 @@ import scipy.sparse as sp
 
 from contract.artifacts import Artifact, Output, open_artifact, stage_output
 from contract.cli import Progress, parse, run, show_plan
-from contract.config import Config
 from contract.schema import GIDS_OF_ITEMS, TRAIN, VALID, Items, read_interactions, read_items
+from contract.settings import Config
 from contract.tracking import Run, track
 from gid import als, cold, content, lightgcn
 from gid.align import align_codes

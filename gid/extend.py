@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from contract.config import Config
 from contract.schema import Items, read_gids, read_item_ids
+from contract.settings import Config
 from gid import cold
 
 

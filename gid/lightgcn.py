@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from contract.config import Cf
+from contract.settings import Cf
 
 RECALL_AT = 20
 # Scores held at once when all users are ranked: 64 MB.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from contract.config import Config
+from contract.settings import Config
 from gid.hierarchy import Shape, cluster_sse, leaf_sse, prefix_of
 from gid.words import popular_texts, telling_words
 

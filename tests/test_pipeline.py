@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import pyarrow.parquet as pq
 
-from contract.config import BASELINES
+from contract.settings import BASELINES
 
 BIN = Path(sys.executable).parent
 CONFIG = """

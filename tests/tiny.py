@@ -13,7 +13,7 @@ import torch
 from contract import config as config_module
 from contract import schema
 from contract.artifacts import open_artifact, stage_output
-from contract.config import Config
+from contract.settings import Config
 from trainer import inputs, packing
 from trainer import model as model_module
 from trainer.inputs import read_catalog

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from contract import config as config_module
 from contract.artifacts import FREE_IN_TRAINING, git_revision, sha256, write_atomically
-from contract.config import Config
+from contract.settings import Config
 from trainer import engine_state
 
 RUN, STATE = "run.json", "state.json"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from contract.config import Config
+from contract.settings import Config
 from trainer.beam import best_items
 from trainer.inputs import Catalog, content_bags, item_inputs
 from trainer.model import ColaRec

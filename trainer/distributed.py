@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
 
-from contract.config import Config
+from contract.settings import Config
 from trainer import engine_state
 from trainer.watch import Watch
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from contract.artifacts import Artifact
-from contract.config import Config
+from contract.settings import Config
 from trainer.model import ColaRec, ColaRecConfig
 
 CARD = "README.md"

@@ -19,8 +19,8 @@ import numpy as np
 
 from contract import schema
 from contract.artifacts import Artifact
-from contract.config import Config
 from contract.schema import Ragged
+from contract.settings import Config
 from gid.tree import GidTree
 
 NUM_GAP_BUCKETS = 32

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from contract.artifacts import Artifact
-from contract.config import Config
 from contract.schema import Ragged
+from contract.settings import Config
 from trainer import inputs, samples
 from trainer.inputs import Catalog, History
 from trainer.packing import to_tensors

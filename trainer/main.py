@@ -18,7 +18,7 @@ import torch.distributed as dist
 from contract import cli
 from contract.artifacts import STAGES, Artifact, open_artifact, stage_output
 from contract.cli import RANK, Progress
-from contract.config import Config
+from contract.settings import Config
 from contract.tracking import track
 from trainer import distributed, pretrained, tables
 from trainer.checkpoint import Checkpoints

@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from contract import config as config_module
-from contract.config import Config
+from contract.settings import Config
 from trainer import tables
 from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, T5ForConditionalGeneration
 
-from contract.config import Config
+from contract.settings import Config
 from trainer.model import ColaRec, ColaRecConfig
 
 LORA_TARGETS = ["q", "k", "v", "o", "wi", "wo"]

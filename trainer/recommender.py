@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from contract import config as config_module
 from contract.artifacts import Artifact
-from contract.config import Config
+from contract.settings import Config
 from gid.tree import GidTree
 from trainer import dense
 from trainer.beam import all_items, beam_search, best_items, gid_log_p

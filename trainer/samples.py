@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import webdataset as wds
 
 from contract import schema
-from contract.config import Config
 from contract.schema import Ragged
+from contract.settings import Config
 from trainer.inputs import Catalog, History, gap_bucket, ragged_arange
 
 # What a stream of the loader holds at a time: about 40 bytes an event with all lookups, so 80 MB, whatever the size of

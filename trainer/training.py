@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from contract.artifacts import Artifact
 from contract.cli import Preempted, Progress
-from contract.config import Config
+from contract.settings import Config
 from contract.tracking import Run
 from trainer import engine_state, loader, packing, tables
 from trainer.checkpoint import Checkpoints

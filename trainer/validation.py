@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 from contract import config as config_module
 from contract.artifacts import Artifact
-from contract.config import Config
 from contract.metrics import ranking_metrics
 from contract.schema import Ragged
+from contract.settings import Config
 from trainer import loader, packing
 from trainer.inputs import Catalog
 from trainer.model import ColaRec

@@ -13,9 +13,9 @@ import scipy.sparse as sp
 
 from contract import schema
 from contract.artifacts import Artifact
-from contract.config import Config
 from contract.metrics import ranking_metrics
 from contract.schema import Ragged
+from contract.settings import Config
 from eval.users import EvalUsers, read_eval_users
 from trainer.loader import shard_paths
 from trainer.samples import read_shard

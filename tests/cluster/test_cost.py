@@ -8,7 +8,7 @@ from bench.train import SHAPES
 from cluster import cost
 from cluster.stages import ON_DEVICE, train_bytes
 from contract import config as config_module
-from contract.config import Cf, Config
+from contract.settings import Cf, Config
 from trainer.model import ColaRecConfig
 
 # How all was trained that was measured before there was causal attention.

@@ -11,6 +11,7 @@ import pytest
 
 from contract import artifacts, config
 from contract.artifacts import open_artifact, stage_output
+from contract.settings import Config
 
 # Writes an artifact, then says so and waits to be killed, holding the lock.
 WRITER = """
@@ -29,7 +30,7 @@ def settings(tmp_path):
     return load(tmp_path)
 
 
-def load(folder: Path, **overrides: str) -> config.Config:
+def load(folder: Path, **overrides: str) -> Config:
     file = folder / "small.toml"
     file.write_text(f'work = "{folder / "work"}"')
     return config.load(str(file), {key.replace("__", "."): value for key, value in overrides.items()})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from contract import cli, config
+from contract.settings import Eval, Train
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +21,7 @@ def test_command_line_over_file_over_default(tmp_path):
     file = write(tmp_path, "seed = 5\n[train]\nlr = 0.25\nepochs = 7\n")
     loaded = config.load(file, {"train.lr": "0.5"})
     assert (loaded.train.lr, loaded.train.epochs, loaded.seed) == (0.5, 7, 5)
-    assert loaded.train.clip == config.Train().clip
+    assert loaded.train.clip == Train().clip
 
 
 def test_name_and_work_follow_the_file(tmp_path):
@@ -112,7 +113,7 @@ def test_a_section_is_json_ready_and_complete(tmp_path):
     section = config.section(config.load(write(tmp_path, "")), "eval", "seed")
     assert section["seed"] == 1
     assert section["eval.cutoffs"] == [5, 10, 20]
-    assert set(section) == {"seed"} | {f"eval.{f.name}" for f in dataclasses.fields(config.Eval)}
+    assert set(section) == {"seed"} | {f"eval.{f.name}" for f in dataclasses.fields(Eval)}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda file: file.stem)

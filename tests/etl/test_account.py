@@ -7,7 +7,7 @@ import pytest
 from pyspark.sql import functions as F
 
 from contract import schema
-from contract.config import Config, Etl
+from contract.settings import Config, Etl
 from etl import account, blocks, corpus, hygiene, kcore
 
 FOUND = hygiene.Profile(1000, {"no user id": 4, "no timestamp": 6}, {"": 90, "cart": 300, "view": 600})

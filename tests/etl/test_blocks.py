@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import functions as F
 
-from contract.config import Etl
 from contract.schema import NO_TIME
+from contract.settings import Etl
 from etl import blocks, corpus
 from tests.etl.small import as_block, as_events, random_users
 

@@ -5,7 +5,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, T5Tokenizer
 
-from contract.config import Etl
+from contract.settings import Etl
 from etl import content
 
 WORDS = ["steel", "bike", "light", "helmet", "travel", "leather", "case", "camera", "lens", "wooden", "brass", "lamp"]

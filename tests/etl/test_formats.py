@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pytest
 
-from contract import config as config_module
+from contract.settings import Config, Data, Etl
 from etl import readers
 
 
@@ -36,8 +36,8 @@ def test_colarec_release(read):
 
 def test_colarec_without_its_split(spark, read, tmp_path):
     test_colarec_release(read)
-    data = config_module.Data(format="colarec", path=str(tmp_path))
-    config = config_module.Config(data=data, etl=dataclasses.replace(config_module.Etl(), split="random"))
+    data = Data(format="colarec", path=str(tmp_path))
+    config = Config(data=data, etl=dataclasses.replace(Etl(), split="random"))
     events = readers.read_events(spark, config, readers.input_files(data)).collect()
     assert [e.split for e in events] == [None] * 4
 

@@ -6,7 +6,7 @@ import hmac
 import pytest
 from pyspark.sql import functions as F
 
-from contract.config import Etl
+from contract.settings import Etl
 from etl import hygiene
 
 DAY = hygiene.MS_PER_DAY

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from py4j.protocol import Py4JJavaError
 
-from contract import config as config_module
+from contract.settings import Config, Data, Etl
 from etl import readers, rows
 
 ITEMS = '{"item_id": "a", "title": "A"}\n'
@@ -77,11 +77,11 @@ def test_order_is_that_of_the_sorted_paths_and_their_lines(spark, tmp_path, suff
         text, half = "".join(lines).encode(), sizes[name] * 20
         (tmp_path / f"{name}.jsonl{suffix}").write_bytes(pack(text[:half]) + pack(text[half:]))
         expected += [(name, str(n)) for n in range(sizes[name])]
-    data = config_module.Data(format="jsonl", path=str(tmp_path), interactions=(f"*.jsonl{suffix}",))
+    data = Data(format="jsonl", path=str(tmp_path), interactions=(f"*.jsonl{suffix}",))
     files = readers.input_files(data)
     _with_small_splits(spark)
     try:
-        table = readers.read_events(spark, config_module.Config(data=data), files)
+        table = readers.read_events(spark, Config(data=data), files)
         size = readers.granule_bytes(spark)
         assert size == 1000
         assert (table.rdd.getNumPartitions() > 20) == split_files
@@ -99,10 +99,10 @@ def test_order_of_parquet_with_several_row_groups(spark, tmp_path):
         ids = list(map(str, range(start, start + 3000)))
         table = pa.table({"user_id": ids, "item_id": ids, "timestamp": range(start, start + 3000)})
         pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=100)
-    data = config_module.Data(format="parquet", path=str(tmp_path), interactions=("*.parquet",))
+    data = Data(format="parquet", path=str(tmp_path), interactions=("*.parquet",))
     _with_small_splits(spark)
     try:
-        table = readers.read_events(spark, config_module.Config(data=data), readers.input_files(data))
+        table = readers.read_events(spark, Config(data=data), readers.input_files(data))
         assert table.rdd.getNumPartitions() > 20
         events = table.orderBy("order").collect()
     finally:
@@ -238,9 +238,7 @@ def test_a_given_split_is_read_from_its_column(read, format_):
      ({"format": "colarec"}, "temporal", "'temporal' with data.format = 'colarec'")],
 )  # fmt: skip
 def test_splits_that_the_input_cannot_give_are_refused(spark, settings, split, message):
-    config = config_module.Config(
-        data=config_module.Data(**settings), etl=dataclasses.replace(config_module.Etl(), split=split)
-    )
+    config = Config(data=Data(**settings), etl=dataclasses.replace(Etl(), split=split))
     with pytest.raises(ValueError, match=message):
         readers.read_events(spark, config, {"data.interactions": []})
 
@@ -256,7 +254,7 @@ def test_each_file_is_found_once_and_files_of_spark_are_not(tmp_path):
     for name in ("b.csv", "a/1.csv", "a/_SUCCESS", "a/_delta_log/0.json", "a/.1.csv.crc", "c.gz", "d.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("12345")
-    data = config_module.Data(format="csv", path=str(tmp_path), interactions=("b.csv", "a", "*/1.csv", "c.gz"))
+    data = Data(format="csv", path=str(tmp_path), interactions=("b.csv", "a", "*/1.csv", "c.gz"))
     found = readers.input_files(data)
     assert found == {"data.interactions": [tmp_path / name for name in ("a/1.csv", "b.csv", "c.gz")], "data.items": []}
     assert readers.input_bytes([*found["data.interactions"], tmp_path / "d.parquet"]) == 5 + 5 + 6 * 5 + 8 * 5

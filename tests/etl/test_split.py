@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 
 from contract import schema
-from contract.config import Etl
 from contract.schema import CONTEXT, NO_TIME, TEST, TRAIN, VALID
+from contract.settings import Etl
 from etl import blocks, kcore, split
 from tests.etl.small import as_block, as_events, in_parts, random_users
 

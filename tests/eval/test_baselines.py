@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from contract.config import Config, Eval
 from contract.metrics import ranking_metrics
+from contract.settings import Config, Eval
 from eval.baselines import BASELINES, Fit, LeftOut, ease, factors, neighbours, popularity, rank_all, ranking, sasrec
 from eval.users import EvalUsers
 from tests.eval.rows import ragged

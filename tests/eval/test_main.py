@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from contract.artifacts import open_artifact
-from contract.config import BASELINES, to_toml
+from contract.config import to_toml
+from contract.settings import BASELINES
 from eval.main import main
 from tests import tiny
 from trainer.main import main as train

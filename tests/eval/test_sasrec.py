@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from contract.config import Config, Eval
+from contract.settings import Config, Eval
 from eval.baselines import LeftOut, sasrec
 from eval.users import EvalUsers
 from tests.eval.rows import ragged

@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from contract import schema
-from contract.config import Cf
+from contract.settings import Cf
 from gid import als
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from contract.config import Cf
+from contract.settings import Cf
 from gid import lightgcn
 from gid.lightgcn import Adjacency, Negatives, PopularNegatives, ValidRecall, bpr_loss, check_memory, propagate
 
