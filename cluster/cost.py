@@ -333,10 +333,11 @@ def item_vector_flops(config: Config, scale: Scale) -> float:
 
 
 def item_vector_bytes(config: Config, scale: Scale) -> float:
-    """On each rank, in an evaluation and in every validation: vectors, two tables of their places, GIDs of 2 bytes."""
-    if config.eval.ranks_by == "generative":
-        return 0.0
-    return scale.items * (4 * config.model.d_model + 16 + 2 * gid_levels(config, scale))
+    """On each rank, in an evaluation and in every validation: vectors, two tables of their places for the search, and
+    GIDs of 2 bytes."""
+    searches = config.eval.ranks_by != "generative"
+    vectors = searches or config.model.codebooks == "prefix"
+    return scale.items * (4 * config.model.d_model * vectors + 16 * searches + 2 * gid_levels(config, scale))
 
 
 # Memory of training

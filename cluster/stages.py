@@ -280,7 +280,7 @@ def train_bytes(config: Config, scale: cost.Scale, ranks: int, bf16: bool) -> di
         "activations": cost.activation_bytes(config, encoder * share, decoder * share, bf16),
         # float32 of the scores, what is made of them and the gradient; and the random items' vectors
         "logits": (12 * targets + 8 * config.model.d_model) * config.train.negatives if config.loss.softmax else 0.0,
-        "tree": 8 * (config.gid.branching**levels + scale.items),  # at most, GidTree
+        "tree": 8 * config.gid.branching**levels + 12 * scale.items,  # at most, GidTree
         "vectors": cost.item_vector_bytes(config, scale),  # while it validates
         # The catalog; and how likely each item is to be drawn at random.
         "host": (8 * (levels + 2) + 4 + (8 if config.loss.softmax else 0)) * scale.items + from_cf,
@@ -326,12 +326,12 @@ def train_warnings(
         levels = cost.gid_length(int(scale.items), better, config.gid.slack)
         warnings.append(
             f"the tree's tables, 8 K^l bytes, take up to {size(numbers['tree'])} of each rank; "
-            f"gid.branching = {better} (l = {levels}) makes that {size(8 * (better**levels + scale.items))}"
+            f"gid.branching = {better} (l = {levels}) makes that {size(8 * better**levels + 12 * scale.items)}"
         )
     if numbers["vectors"] > 0.2 * machines.rank_bytes:
         warnings.append(
             f"a validation holds the vectors of all items on each rank, {size(numbers['vectors'])} of "
-            f"{size(machines.rank_bytes)}; eval.mode = 'generative' ranks by the beam alone"
+            f"{size(machines.rank_bytes)}; eval.mode = 'generative' and model.codebooks = 'level' need none"
         )
     if softmax_share > 0.5 or numbers["logits"] > 0.2 * machines.rank_bytes:
         warnings.append(
@@ -380,7 +380,7 @@ def evaluate(config: Config, scale: cost.Scale, machines: Machines) -> Row:
         seconds = cost.rank_cpu_seconds(config, scale, scale.users, beams) / machines.ranks
     held = cost.item_vector_bytes(config, scale)
     tables = 4 * sum(cost.table_rows(config, scale).values()) * width
-    trees = 8 * (config.gid.branching**levels + scale.items)
+    trees = 8 * config.gid.branching**levels + 12 * scale.items
     device = held + tables + trees + 4 * cost.num_layer_weights(config, scale)
     lists = scale.users * max(config.eval.cutoffs) * 16 + 4 * scale.events
     notes = [f"{scale.users:.3g} users x {beams} beams; {scale.users / seconds:,.0f} users/s"]
@@ -392,8 +392,8 @@ def evaluate(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     if device > machines.rank_bytes:
         warnings.append(
             f"each rank holds the whole tables, {size(tables)}, the tree, {size(trees)}, and the vectors of all items, "
-            f"{size(held)}: more than {size(machines.rank_bytes)}; eval.mode = 'generative' saves the vectors, a "
-            "hashed table (model.item_table, model.user_table) the rest"
+            f"{size(held)}: more than {size(machines.rank_bytes)}; eval.mode = 'generative' and model.codebooks = "
+            "'level' save the vectors, a hashed table (model.item_table, model.user_table) the rest"
         )
     if searching > max(3600, 0.5 * seconds):
         warnings.append(

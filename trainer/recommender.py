@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from contract import config as config_module
 from contract.artifacts import Artifact
@@ -97,9 +96,9 @@ class Recommender:
         self._tree = GidTree(catalog.gids, config.gid.branching, items_C).to(device)
         self._gids = torch.from_numpy(catalog.gids.astype(np.int16)).to(device)
         self._v_ID = None
-        if model.config.leaves_are_items:  # of all, as they compete with all below a prefix
-            every = np.arange(1, catalog.num_items + 1)
-            self._v_ID = F.pad(dense.item_vectors(config, model, catalog, device, every, "v"), (0, 0, 1, 0))
+        if model.config.leaves_are_items:  # of all, as they compete with all below a prefix; 0 only fills up
+            every = np.arange(catalog.num_items + 1)
+            self._v_ID = dense.item_vectors(config, model, catalog, device, every, "v")
         if self._ranks_by != "generative":
             which = dense.found_by(model)
             if which == "v" and self._v_ID is not None:

@@ -11,8 +11,8 @@ from contract import config as config_module
 from contract.settings import Cf, Config
 from trainer.model import ColaRecConfig
 
-# How all was trained that was measured before there was causal attention.
-FULL = {"history.attention": "full", "history.user_slots": 2, "loss.contrastive": 0.1}
+# How all was trained that was measured before there were causal attention and codebooks of prefixes.
+FULL = {"history.attention": "full", "history.user_slots": 2, "loss.contrastive": 0.1, "model.codebooks": "level"}
 
 
 def within(factor: float, predicted: float, measured: float) -> bool:
@@ -133,7 +133,7 @@ def test_wider_shapes(shape, precision):
     """FLOPs, which are computed from lengths alone; memory of the small shape, which nothing was fitted to. Not a test
     of the formulas: the speed of both and the memory of the official shape, which are fit points."""
     measured = row("train", **{"who": "ours", "shape": shape, "train.precision": precision})
-    given = {key: value for key, value in SHAPES[shape].items() if key.startswith("model.")}
+    given = {key: value for key, value in SHAPES[shape].items() if key.startswith("model.") and value.isdigit()}
     settings = FULL | {key: int(value) for key, value in given.items()} | {"history.encoding": "tokens"}
     settings |= {"history.order": "set", "history.train_items": 10, "train.global_batch": measured["batch"]}
     config = cost.as_run("phone", settings | {"train.precision": precision})
