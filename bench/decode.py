@@ -152,11 +152,12 @@ def markdown(rows: list[dict]) -> str:
         cells = []
         for row in rows:
             if row["growth"] == what:
-                sizes = [row["shape"], row["users"], row["beams"], row["l"], row["K"], f"{row['items']:,}"]
+                sizes = [row["shape"], row["codebooks"], row["users"], row["beams"], row["l"], row["K"]]
+                sizes += [f"{row['items']:,}"]
                 tree = [f"{row['tree_bytes'] / 1e6:,.1f}", f"{row['tree_seconds']:.2f}"]
                 cells.append([row["device"], *sizes, milliseconds(row), *tree, f"{row['load']:.0f}"])
-        head = ["device", "shape", "users", "beams", "l", "K", "items", "ms/user", "tree MB", "tree s", "load"]
-        text += f"\nAs {TITLES[what]}:\n\n" + table(head, cells)
+        head = ["device", "shape", "codebooks", "users", "beams", "l", "K", "items", "ms/user", "tree MB", "tree s"]
+        text += f"\nAs {TITLES[what]}:\n\n" + table([*head, "load"], cells)
     return text
 
 
