@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from bench.train import SHAPES, measure_ours
 from contract import config as config_module
@@ -137,8 +136,8 @@ def decode_row(config: Config, shape: str, beams: int, num_users: int) -> dict:
     model = ColaRec(model_config(config, catalog)).eval()
     tree, v_ID = GidTree(catalog.gids, config.gid.branching), None
     if model.config.leaves_are_items:
-        every, device = np.arange(1, catalog.num_items + 1), torch.device("cpu")
-        v_ID = F.pad(dense.item_vectors(config, model, catalog, device, every, "v"), (0, 0, 1, 0))
+        every = np.arange(catalog.num_items + 1)
+        v_ID = dense.item_vectors(config, model, catalog, torch.device("cpu"), every, "v")
     batches = loader.eval_batches(config, catalog, corpus, "test", config.eval.batch, 0, 1)
     users, positions, begin = 0, 0, time.process_time()
     for batch in batches:

@@ -324,6 +324,11 @@ def search_flops(config: Config, scale: Scale, users: float) -> float:
     return 0.0 if config.eval.ranks_by == "generative" else 2 * users * scale.items * config.model.d_model
 
 
+def tree_table_bytes(branching: int, levels: int, items: float) -> float:
+    """Of `gid.tree.GidTree` on a device, at most."""
+    return 8 * branching**levels + 12 * items
+
+
 def item_vector_flops(config: Config, scale: Scale) -> float:
     """Of the vectors of all items: h(X_i), or v_i, which is only looked up, where L_softmax is trained."""
     if config.eval.ranks_by == "generative" or config.loss.softmax:

@@ -280,7 +280,7 @@ def train_bytes(config: Config, scale: cost.Scale, ranks: int, bf16: bool) -> di
         "activations": cost.activation_bytes(config, encoder * share, decoder * share, bf16),
         # float32 of the scores, what is made of them and the gradient; and the random items' vectors
         "logits": (12 * targets + 8 * config.model.d_model) * config.train.negatives if config.loss.softmax else 0.0,
-        "tree": 8 * config.gid.branching**levels + 12 * scale.items,  # at most, GidTree
+        "tree": cost.tree_table_bytes(config.gid.branching, levels, scale.items),
         "vectors": cost.item_vector_bytes(config, scale),  # while it validates
         # The catalog; and how likely each item is to be drawn at random.
         "host": (8 * (levels + 2) + 4 + (8 if config.loss.softmax else 0)) * scale.items + from_cf,
@@ -326,7 +326,8 @@ def train_warnings(
         levels = cost.gid_length(int(scale.items), better, config.gid.slack)
         warnings.append(
             f"the tree's tables, 8 K^l bytes, take up to {size(numbers['tree'])} of each rank; "
-            f"gid.branching = {better} (l = {levels}) makes that {size(8 * better**levels + 12 * scale.items)}"
+            f"gid.branching = {better} (l = {levels}) makes that "
+            f"{size(cost.tree_table_bytes(better, levels, scale.items))}"
         )
     if numbers["vectors"] > 0.2 * machines.rank_bytes:
         warnings.append(
@@ -380,7 +381,7 @@ def evaluate(config: Config, scale: cost.Scale, machines: Machines) -> Row:
         seconds = cost.rank_cpu_seconds(config, scale, scale.users, beams) / machines.ranks
     held = cost.item_vector_bytes(config, scale)
     tables = 4 * sum(cost.table_rows(config, scale).values()) * width
-    trees = 8 * config.gid.branching**levels + 12 * scale.items
+    trees = cost.tree_table_bytes(config.gid.branching, levels, scale.items)
     device = held + tables + trees + 4 * cost.num_layer_weights(config, scale)
     lists = scale.users * max(config.eval.cutoffs) * 16 + 4 * scale.events
     notes = [f"{scale.users:.3g} users x {beams} beams; {scale.users / seconds:,.0f} users/s"]

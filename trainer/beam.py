@@ -53,11 +53,7 @@ def beam_search(
     for level in range(tree.length):
         d_BND = decoder.step(x_BND, level)
         code_BNC = tree.codes(level, node_BN)
-        if level == tree.length - 1 and v_ID is not None:
-            log_p_BNC = _leaf_log_p(d_BND, tree.items(node_BN), v_ID)
-        else:
-            log_p_BNK = model.code_logits(level, prefix_BN, d_BND).float().log_softmax(-1)
-            log_p_BNC = log_p_BNK.gather(-1, code_BNC.clamp_min(0))
+        log_p_BNC = _children_log_p(model, tree, v_ID, level, node_BN, prefix_BN, code_BNC, d_BND)
         score_BC = (score_BN[..., None] + log_p_BNC).masked_fill(code_BNC < 0, -torch.inf).flatten(1)
         if level == tree.length - 1:
             column_C = torch.arange(code_BNC.shape[-1], device=device)
@@ -111,6 +107,23 @@ def gid_log_p(
     return torch.stack(levels, -1)
 
 
+def _children_log_p(
+    model: ColaRec,
+    tree: GidTree,
+    v_ID: torch.Tensor | None,
+    level: int,
+    node_BN: torch.Tensor,
+    prefix_BN: torch.Tensor,
+    code_BNC: torch.Tensor,
+    d_BND: torch.Tensor,
+) -> torch.Tensor:
+    """log p of the codes that lead on from nodes, float32 (B, N, C); where there is none, code -1, meaningless."""
+    if level == tree.length - 1 and v_ID is not None:
+        return _leaf_log_p(d_BND, tree.items(node_BN), v_ID)
+    log_p_BNK = model.code_logits(level, prefix_BN, d_BND).float().log_softmax(-1)
+    return log_p_BNK.gather(-1, code_BNC.clamp_min(0))
+
+
 def _leaf_log_p(d_BND: torch.Tensor, item_BNC: torch.Tensor, v_ID: torch.Tensor) -> torch.Tensor:
     """float32 (B, N, C): log p of the items below a prefix, 0 being none; as many at once as memory is not a matter."""
     parts = []
@@ -145,12 +158,9 @@ def all_items(
         code_NC = tree.codes(level, node_N)
         parent_M, column_M = (code_NC >= 0).nonzero(as_tuple=True)
         code_M, child_M = code_NC[parent_M, column_M], tree.child(level, node_N[parent_M], column_M)
-        if level == tree.length - 1 and v_ID is not None:
-            log_p_BNC = _leaf_log_p(d_BND, tree.items(node_N).expand(users, -1, -1), v_ID)
-            score_BM = score_BN[:, parent_M] + log_p_BNC[:, parent_M, column_M]
-        else:
-            log_p_BNK = model.code_logits(level, prefix_N.expand(users, -1), d_BND).float().log_softmax(-1)
-            score_BM = score_BN[:, parent_M] + log_p_BNK[:, parent_M, code_M]
+        shared = (of_nodes.expand(users, *of_nodes.shape) for of_nodes in (node_N, prefix_N, code_NC))
+        log_p_BNC = _children_log_p(model, tree, v_ID, level, *shared, d_BND)
+        score_BM = score_BN[:, parent_M] + log_p_BNC[:, parent_M, column_M]
         if level == tree.length - 1:
             yield tree.leaf_item[child_M], score_BM
             return

@@ -205,9 +205,9 @@ class TrainBatches(torch.utils.data.IterableDataset):
     def _candidates(self, target: np.ndarray, random_items: np.ndarray, decoded: dict[str, np.ndarray]) -> dict:
         """Items that are ranked: by L_softmax targets (S,) above random items (R,); and those below the prefixes of the
         items that are decoded, by {name of their arrays: items}, where leaves are items."""
-        leaves_are_items = self.config.model.codebooks == "prefix"
-        leaves = {name: inputs.items_of_prefix(self.catalog, items) for name, items in decoded.items()}
-        leaves = leaves if leaves_are_items else {}
+        leaves = {}
+        if self.config.model.codebooks == "prefix":
+            leaves = {name: inputs.items_of_prefix(self.catalog, items) for name, items in decoded.items()}
         softmax = [target, random_items] if self.config.loss.softmax else []
         everything = [*softmax, *(leaf.ravel() for leaf, _ in leaves.values())]
         if not everything:
