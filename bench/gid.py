@@ -101,12 +101,12 @@ def split_rows(data: str, x: np.ndarray, package_items: int, starts: int) -> lis
     return rows
 
 
-def tree_row(num_items: int) -> dict:
+def tree_row(num_items: int, device: str) -> dict:
     """A whole tree, measured in a process of its own."""
     x = mixture(num_items)
     data_gb = x.nbytes / 2**30
     length, begin, cpu = gid_length(num_items, BRANCHING, SLACK), time.monotonic(), sum(os.times()[:4])
-    gids = build_tree(x, BRANCHING, length, HEADROOM, seed=0)
+    gids = build_tree(x, BRANCHING, length, HEADROOM, seed=0, device=device)
     seconds, cpu = time.monotonic() - begin, sum(os.times()[:4]) - cpu
     begin = time.process_time()
     align_codes(x, gids, BRANCHING)
@@ -116,6 +116,7 @@ def tree_row(num_items: int) -> dict:
     assert len(sizes[-1]) == num_items
     return {
         "items": num_items,
+        "device": device_name(device),
         "length": length,
         "seconds": seconds,
         "cpu_seconds": cpu,
@@ -129,11 +130,21 @@ def tree_row(num_items: int) -> dict:
     }
 
 
+def device_name(device: str) -> str:
+    """What searches the large nodes, in words."""
+    if device == "cpu":
+        return "CPU"
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {'FAISS' if device == 'faiss-gpu' else 'torch'}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--embeddings", default="", help=".npy, float (I + 1, d); row 0 is padding")
     parser.add_argument("--sizes", default="", help="items of the mixtures to split, separated by commas")
     parser.add_argument("--tree-sizes", default="", help="items of the trees, separated by commas")
+    parser.add_argument("--tree-devices", default="cpu", help="of cpu, cuda (torch), faiss-gpu, separated by commas")
     parser.add_argument("--package-items", type=int, default=10_500, help="k-means-constrained sees at most so many")
     parser.add_argument("--starts", type=int, default=10, help="starts of k-means-constrained")
     args = parser.parse_args()
@@ -144,8 +155,9 @@ def main() -> None:
     for size in filter(None, args.sizes.split(",")):
         splits += split_rows("mixture", mixture(int(size)), args.package_items, args.starts)
     for size in filter(None, args.tree_sizes.split(",")):
-        trees.append(_alone(tree_row, int(size)))
-        print(trees[-1], flush=True)
+        for device in args.tree_devices.split(","):
+            trees.append(_alone(tree_row, int(size), device))
+            print(trees[-1], flush=True)
     save(splits, trees)
 
 
@@ -169,7 +181,8 @@ def save(splits: list[dict], trees: list[dict]) -> None:
     """Merges the rows into gid.json and writes gid.md from it."""
     file = RESULTS / "gid.json"
     old = json.loads(file.read_text()) if file.exists() else {"splits": [], "trees": []}
-    key = lambda row: (row.get("data", ""), row["items"], row.get("capacity", 0), row.get("method", ""))  # noqa: E731
+    names = ("data", "items", "capacity", "method", "device", "cores")
+    key = lambda row: tuple(row.get(name, 0 if name in ("capacity", "cores") else "") for name in names)  # noqa: E731
     for name, rows in {"splits": splits, "trees": trees}.items():
         for row in rows:
             row["revision"] = git_revision()
@@ -198,12 +211,14 @@ def markdown(splits: list[dict], trees: list[dict]) -> str:
     lines += [
         "# Whole trees, K = 32",
         "",
-        "| items | l | s | CPU s | alignment CPU s | embeddings GB | peak GB | worker's peak GB | load | cores |",
+        "| items | large nodes on | l | s | CPU s | alignment CPU s | embeddings GB | peak GB | worker's peak GB "
+        "| load | cores |",
     ]
-    lines += ["|---" * 10 + "|"]
+    lines += ["|---" * 11 + "|"]
     for row in trees:
         cells = [
             f"{row['items']:,}",
+            row.get("device", "CPU"),
             row["length"],
             f"{row['seconds']:.1f}",
             f"{row['cpu_seconds']:.1f}",

@@ -20,7 +20,6 @@ def merge(name: str, rows: list[dict], key: Sequence[str], markdown: Callable[[l
     rows = list(of_key.values())
     file.write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(markdown(rows))
-    print(markdown(rows))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:

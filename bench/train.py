@@ -187,17 +187,14 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="the official training loop as well, where it is one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours")
     args = parser.parse_args()
-    rows = []
     for shape in args.shapes.split(","):
         if args.peer and shape != "default":
-            rows.append(_alone(args, shape, "peer", {}))
-        rows += [
-            _alone(args, shape, "ours", {"train.zero_stage": stage, "train.precision": precision})
-            for stage in args.stages.split(",")
-            for precision in args.precisions.split(",")
-            if (stage, precision) != ("0", "bf16")
-        ]
-    save(rows)
+            save([_alone(args, shape, "peer", {})])
+        for stage in args.stages.split(","):
+            for precision in args.precisions.split(","):
+                if (stage, precision) != ("0", "bf16"):
+                    save([_alone(args, shape, "ours", {"train.zero_stage": stage, "train.precision": precision})])
+    print((RESULTS / "train.md").read_text())
 
 
 def _alone(args: argparse.Namespace, shape: str, who: str, settings: dict[str, str]) -> dict:
@@ -226,7 +223,6 @@ def save(rows: list[dict]) -> None:
     rows = [merged[key] for key in sorted(merged)]
     file.write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / "train.md").write_text(markdown(rows))
-    print(markdown(rows))
 
 
 def _key(row: dict) -> tuple[str, ...]:

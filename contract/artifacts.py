@@ -240,7 +240,8 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def git_revision() -> str:
-    """The revision of this code, with '+' when the tree has changes; 'unknown' outside a checkout."""
+    """The revision of this code, with '+' when the tree has changes; outside a checkout, as in a container image, what
+    COLAREC_REVISION says, or 'unknown'."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -250,4 +251,4 @@ def git_revision() -> str:
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("COLAREC_REVISION", "unknown")

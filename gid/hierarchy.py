@@ -75,6 +75,7 @@ def build_tree(
     headroom: float = 1.0,
     seed: int = 0,
     workers: int | None = None,
+    device: str | None = None,
 ) -> np.ndarray:
     """GIDs by recursive balanced k-means, following section 3.2 of ColaRec: siblings are alike in the CF space.
 
@@ -85,6 +86,7 @@ def build_tree(
     Args:
         embeddings: float (n, d), finite. A memory-mapped .npy is not copied.
         workers: processes, by default the cores at hand; the GIDs do not depend on it.
+        device: where nodes beyond SUBTREE items are searched, by default `gid.nearest.best_device`.
 
     Returns:
         int16 (n, l), all rows different, codes in 0..K-1.
@@ -94,20 +96,20 @@ def build_tree(
     """
     check_room(len(embeddings), branching, length)
     shape, workers = Shape(branching, length, headroom), workers or len(os.sched_getaffinity(0))
+    device = device or (best_device() if len(embeddings) > SUBTREE else "cpu")
     if workers == 1 or len(embeddings) < WORTH_PROCESSES:
         with ThreadPoolExecutor(1) as executor:
-            return _grow(embeddings, shape, seed, executor, embeddings, threads=1)
+            return _grow(embeddings, shape, seed, device, executor, embeddings, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "embeddings.npy")
         np.save(file, embeddings)
         with ProcessPoolExecutor(workers, get_context("spawn")) as executor:
-            return _grow(embeddings, shape, seed, executor, file, workers)
+            return _grow(embeddings, shape, seed, device, executor, file, workers)
 
 
-def _grow(x: np.ndarray, shape: Shape, seed: int, executor: Executor, source, threads: int) -> np.ndarray:
+def _grow(x: np.ndarray, shape: Shape, seed: int, device: str, executor: Executor, source, threads: int) -> np.ndarray:
     """The GIDs of all rows. `source` is what the executor's functions read x from: itself, or its file."""
     gids = np.zeros((len(x), shape.length), np.int16)
-    device = best_device() if len(x) > SUBTREE else "cpu"
     nodes, running = [(np.arange(len(x)), ())], {}
     while nodes or running:
         while nodes:
