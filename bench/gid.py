@@ -148,17 +148,17 @@ def main() -> None:
     parser.add_argument("--package-items", type=int, default=10_500, help="k-means-constrained sees at most so many")
     parser.add_argument("--starts", type=int, default=10, help="starts of k-means-constrained")
     args = parser.parse_args()
-    splits, trees = [], []
     if args.embeddings:
         x = np.load(args.embeddings, allow_pickle=False)[1:]
-        splits += split_rows(Path(args.embeddings).parents[1].name, x, args.package_items, args.starts)
+        save(split_rows(Path(args.embeddings).parents[1].name, x, args.package_items, args.starts), [])
     for size in filter(None, args.sizes.split(",")):
-        splits += split_rows("mixture", mixture(int(size)), args.package_items, args.starts)
+        save(split_rows("mixture", mixture(int(size)), args.package_items, args.starts), [])
     for size in filter(None, args.tree_sizes.split(",")):
         for device in args.tree_devices.split(","):
-            trees.append(_alone(tree_row, int(size), device))
-            print(trees[-1], flush=True)
-    save(splits, trees)
+            row = _alone(tree_row, int(size), device)
+            print(row, flush=True)
+            save([], [row])
+    print((RESULTS / "gid.md").read_text())
 
 
 def _alone(work: Callable, *arguments):
@@ -190,7 +190,6 @@ def save(splits: list[dict], trees: list[dict]) -> None:
         old[name] = [merged[k] for k in sorted(merged)]
     file.write_text(json.dumps(old, indent=1) + "\n")
     (RESULTS / "gid.md").write_text(markdown(**old))
-    print(markdown(**old))
 
 
 def markdown(splits: list[dict], trees: list[dict]) -> str:

@@ -161,8 +161,9 @@ def _check(config: Config) -> None:
     """What concerns several settings at once. Raises ValueError."""
     if not config.eval.cutoffs or min(config.eval.cutoffs) < 1:
         raise ValueError(f"eval.cutoffs = {list(config.eval.cutoffs)}: give at least one, all of them 1 or more")
-    if -1 < config.eval.hybrid < 0:
-        raise ValueError(f"eval.hybrid = {config.eval.hybrid}: must be 0 or more, or -1 to choose it on valid")
+    for name in ("hybrid", "neighbours"):
+        if -1 < (weight := getattr(config.eval, name)) < 0:
+            raise ValueError(f"eval.{name} = {weight}: must be 0 or more, or -1 to choose it on valid")
     if max(config.eval.cutoffs) > config.eval.beams:
         raise ValueError(f"eval.beams = {config.eval.beams}: must be at least the largest of eval.cutoffs")
     etl = config.etl

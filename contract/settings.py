@@ -156,6 +156,12 @@ class Gid:
         "the codes below the first level mean the same under every prefix, as far as the data do; false: children are "
         "numbered as k-means finds them (the paper)",
     )
+    neighbours: int = _opt(
+        100,
+        "items kept as neighbours of each item, those that the same people take, for the ranking (eval.neighbours); "
+        "0: none. Not found with cf.method 'als'",
+        low=0,
+    )
     rebuild_share: float = _opt(
         0.1, "--extend says that a rebuild is due when more of the added items than this were displaced", low=0, high=1
     )
@@ -335,6 +341,12 @@ class Eval:
         -1.0,
         "weight of h(X_u) . v_i, the ranking score, beside the log-probability, over the best of the beam and the "
         "best by that score; 0: the beam's alone, as in the paper ('generative'); -1: what ranks the valid users best",
+        low=-1,
+    )
+    neighbours: float = _opt(
+        -1.0,
+        "weight of the neighbours of a history's items beside h(X_u) . v_i in the hybrid; 0: none, as in the paper; "
+        "-1: what ranks the valid users best",
         low=-1,
     )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)

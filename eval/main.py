@@ -78,7 +78,7 @@ def recommend(
 
     Returns:
         user_idx int64 (N,); item_idx int32 (N, k) and score float32 (N, k), what ColaRec recommends; of the hybrid
-        also what its halves would recommend alone, generative and dense int32 (N, k).
+        also what its parts would recommend, int32 (N, k), see `Recommender.recommend`.
     """
     config, catalog, split = recommender.config, recommender.catalog, recommender.config.eval.split
     num_batches = loader.num_eval_batches(corpus, split, config.eval.batch, world_size)

@@ -20,14 +20,16 @@ def score(
     """Metrics of ColaRec and of the baselines over the same users.
 
     Args:
-        recommended: item_idx int32 (N, k), in the order of the users; and of its halves, where there are any.
+        recommended: item_idx int32 (N, k), in the order of the users; and of its parts, where there are any.
         device: what decoded, in words.
     """
     corpus, cutoffs = inputs["corpus"], config.eval.cutoffs
     num_items, events = corpus.counts["num_items"], corpus.manifest["events"]
     num_train = schema.read_num_train(corpus.path, num_items)
     rankings = {"ColaRec": recommended["item_idx"]}
-    rankings |= {f"ColaRec, {half}": recommended[half] for half in ("generative", "dense") if half in recommended}
+    for part in ("without_neighbours", "generative", "dense"):
+        if part in recommended:
+            rankings[f"ColaRec, {part.replace('_', ' ')}"] = recommended[part]
     models = {name: metrics.read_lists(lists, users.targets, cutoffs, num_train) for name, lists in rankings.items()}
     facts = {"targets": _targets(users, num_train)}
     fit = baselines.read_fit(corpus, inputs["gid"], config, progress)

@@ -29,10 +29,13 @@ from contract.settings import Config
 from contract.tracking import absolute_uri, track
 from eval.items import read_names
 from eval.served import WORK
+from gid import neighbours
 from trainer.inputs import read_catalog
 
-# What is needed of corpus/ to serve. The last two are derived from the tables before them: see `schema.map_tokens`.
+# What is needed of corpus/ and gid/ to serve. The last two of corpus/ are derived from the tables before them: see
+# `schema.map_tokens`.
 CORPUS_FILES = ("items.parquet", "item_users.parquet", "tokenizer", ".items.token_ids", ".item_users.user_idxs")
+GID_FILES = ("gids.parquet", neighbours.ITEMS, neighbours.WEIGHTS)
 CODE = ("contract", "gid", "trainer", "eval")
 PACKAGES = ("mlflow", "torch", "transformers", "safetensors", "sentencepiece", "webdataset", "fsspec", "pyarrow")
 PACKAGES += ("pandas", "numpy", "scipy")
@@ -104,14 +107,14 @@ def main(argv: list[str]) -> None:
 
 def gather(config: Config, inputs: dict[str, Artifact], folder: Path) -> None:
     """Copies what serving reads of a work folder."""
-    files = {"corpus": CORPUS_FILES, "gid": ("gids.parquet",), "model": tuple(inputs["model"].manifest["files"])}
+    files = {"corpus": CORPUS_FILES, "gid": GID_FILES, "model": tuple(inputs["model"].manifest["files"])}
     for need, artifact in inputs.items():
         (folder / need).mkdir(parents=True)
         for name in (MANIFEST, *files[need]):
             source = artifact.path / name
             if source.is_dir():
                 shutil.copytree(source, folder / need / name)
-            elif source.is_file():  # a catalog without texts has no tokenizer
+            elif source.is_file():  # a catalog without texts has no tokenizer, a gid/ may have no neighbours
                 shutil.copy(source, folder / need / name)
     (folder / "config.toml").write_text(config_module.to_toml(config))
 

@@ -85,11 +85,12 @@ def _decoding(config: Config, num_items: int) -> str:
         return f"all items by {score}"
     every = settings.exhaustive or settings.beams >= num_items
     found = "the GIDs of all items" if every else f"{settings.beams} beams over the GIDs of all items"
-    if settings.ranks_by == "hybrid" and every:
-        return f"{found}, ranked by log p + {settings.hybrid:g} {score}"
-    if settings.ranks_by == "hybrid":
-        return f"{found}; with as many by {score}, ranked by log p + {settings.hybrid:g} of that"
-    return found
+    if settings.ranks_by != "hybrid":
+        return found
+    total, third = f"log p + {settings.hybrid:g} {score}", ""
+    if settings.neighbours:
+        total, third = f"log p + {settings.hybrid:g} ({score} + {settings.neighbours:g} c)", " and by c, the neighbours"
+    return f"{found}, ranked by {total}" if every else f"{found}; with as many by {score}{third}, ranked by {total}"
 
 
 def numbers(results: Results) -> dict[str, float]:

@@ -10,6 +10,8 @@ Reads <work>/corpus. Writes <work>/gid:
     item_embeddings.npy    float32 (I + 1, d), row item_idx; row 0 is zeros
     user_embeddings.npy    float32 (U + 1, d), row user_idx; row 0 is zeros
     tree_embeddings.npy    float32 (I + 1, d'), what the tree clusters; absent when it is the item embeddings
+    neighbours.npy, neighbour_weights.npy
+                           the items that the same people take, see gid/neighbours.py; absent without gid.neighbours
     report.html            the tree, what its clusters hold, and a map of the items
 The inner product of a user's and an item's row is the score of LightGCN, or of ALS. Uses a GPU when there is one.
 
@@ -29,7 +31,7 @@ from contract.cli import Progress, parse, run, show_plan
 from contract.schema import GIDS_OF_ITEMS, TRAIN, VALID, Items, read_interactions, read_items
 from contract.settings import Config
 from contract.tracking import Run, track
-from gid import als, cold, content, lightgcn
+from gid import als, cold, content, lightgcn, neighbours
 from gid.align import align_codes
 from gid.extend import Grown, grow
 from gid.hierarchy import build_tree, check_room, gid_length, random_tree
@@ -77,6 +79,11 @@ def main(argv: list[str]) -> None:
         )
         tracker.metrics({name: value for name, value in counts.items() if isinstance(value, (int, float))})
         write(output, made, items)
+        if config.gid.neighbours and config.cf.method != "als":  # whose logs are too large to be held here
+            pairs = read_interactions(corpus.path, TRAIN)
+            found = neighbours.find(*pairs, corpus.counts["num_users"], items.num_items, config.gid.neighbours)
+            neighbours.write(output.path, found)
+            progress(f"up to {config.gid.neighbours} neighbours of each item")
         write_report(output.path / "report.html", config, corpus.path, made.gids, made.tree[1:], counts)
         tracker.artifact(output.path / "report.html")
         output.commit(counts, {"corpus": corpus.digest})

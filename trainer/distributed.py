@@ -44,6 +44,9 @@ def process_group(timeout: int = 1800) -> Iterator[tuple[int, int, torch.device]
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        # cuDNN's attention, which torch prefers on Hopper, is planned anew, for tenths of a second, at each new shape;
+        # batches cut by length have hundreds (pytorch/pytorch#155958).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     joined_before = dist.is_initialized()  # then the group is the caller's to leave
     backend = "gloo" if accelerator.device_name() == "cpu" else "nccl"
     deepspeed.init_distributed(

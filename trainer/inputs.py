@@ -21,6 +21,8 @@ from contract import schema
 from contract.artifacts import Artifact
 from contract.schema import Ragged
 from contract.settings import Config
+from gid import neighbours
+from gid.neighbours import Neighbours
 from gid.tree import GidTree
 
 NUM_GAP_BUCKETS = 32
@@ -41,6 +43,7 @@ class Catalog:
     events_per_user: float  # train events of a user, on average
     event_weights: np.ndarray  # float32 (E + 1,): of a target by its event type, 1 on average; types are 1..E
     has_time: bool  # timestamps are dates, so that gaps between them mean something
+    neighbours: Neighbours | None = None  # which items the same people take; None where gid/ does not know
 
     @functools.cached_property
     def negative_cdf(self) -> np.ndarray:
@@ -99,6 +102,7 @@ def read_catalog(corpus: Artifact, gid: Artifact) -> Catalog:
         events_per_user=_events_per_user(corpus),
         event_weights=np.array([1.0, *_event_weights(corpus.manifest)], np.float32),
         has_time=corpus.manifest["time_unit"] != "order",
+        neighbours=neighbours.read(gid.path),
     )
 
 

@@ -4,22 +4,23 @@ What ranks the items is `eval.mode`:
 
     generative  log p(GID | X_u), of what a beam of `eval.beams` prefixes finds
     dense       h(X_u) . v_i, of all items
-    hybrid      log p(GID | X_u) + eval.hybrid * h(X_u) . v_i, of the best `eval.beams` by either
+    hybrid      log p(GID | X_u) + w (h(X_u) . v_i + w_c c(u, i)), of the best `eval.beams` by each of the three
 
-The weight `eval.hybrid` of a trained model is the one that ranked best when it was validated, unless it is set.
+w is `eval.hybrid`, w_c `eval.neighbours`; c is what trainer/neighbours.py says, where gid/ has neighbours. The weights
+of a trained model are those that ranked best when it was validated, unless they are set.
 
-With `eval.exhaustive`, or where the beam is as wide as the catalog, log p of every item is computed, and all three rank
+With `eval.exhaustive`, or where the beam is as wide as the catalog, log p of every item is computed, and all modes rank
 all items. A score is the same either way: the width of the beam decides which items are scored, not how.
 
 Axes in names: B users, N items of each, C items of the tree, D width.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from contract import config as config_module
 from contract.artifacts import Artifact
 from contract.settings import Config
 from gid.tree import GidTree
@@ -28,6 +29,7 @@ from trainer.beam import all_items, beam_search, best_items, gid_log_p
 from trainer.export import load_model
 from trainer.inputs import Catalog, read_catalog
 from trainer.model import ColaRec
+from trainer.neighbours import Neighbours
 from trainer.packing import to_device
 
 # Best first: item_idx int64 (B, k), 0 where there are no more, and scores float32 (B, k), -inf there.
@@ -35,25 +37,29 @@ Ranked = tuple[torch.Tensor, torch.Tensor]
 
 
 class Candidates(NamedTuple):
-    """What both halves of the hybrid found, and both scores of all of it; an item may be there twice."""
+    """What the parts of the hybrid found, and all scores of all of it; an item may be there more than once."""
 
     generated: Ranked
     near: Ranked
     item_BN: torch.Tensor
     log_p_BN: torch.Tensor
     near_BN: torch.Tensor
+    neighbours_BN: torch.Tensor | None
 
-    def best(self, weight: float, k: int) -> Ranked:
-        """The k best by log p(GID | X_u) + weight * h(X_u) . v_i."""
-        return dense.hybrid(self.item_BN, self.log_p_BN, self.near_BN, weight, k)
+    def best(self, weight: float, of_neighbours: float, k: int) -> Ranked:
+        """The k best by log p(GID | X_u) + weight (h(X_u) . v_i + of_neighbours c(u, i))."""
+        near_BN = self.near_BN
+        if of_neighbours and self.neighbours_BN is not None:
+            near_BN = near_BN + of_neighbours * self.neighbours_BN
+        return dense.hybrid(self.item_BN, self.log_p_BN, near_BN, weight, k)
 
 
-def with_chosen_weight(config: Config, model: Artifact) -> Config:
-    """The config with the weight of the hybrid that the model's validation chose, unless it has one of its own."""
-    if config.eval.hybrid >= 0:
-        return config
-    chosen = model.counts["best"].get("hybrid", 0.0)  # none where nothing but GIDs was learned
-    return config_module.replace(config, {"eval.hybrid": chosen})
+def with_chosen_weights(config: Config, model: Artifact) -> Config:
+    """The config with the weights of the hybrid that the model's validation chose, unless it has some of its own."""
+    best = model.counts["best"]  # has none where nothing but GIDs was learned
+    unset = [name for name in ("hybrid", "neighbours") if getattr(config.eval, name) < 0]
+    chosen = dataclasses.replace(config.eval, **{name: best.get(name, 0.0) for name in unset})
+    return dataclasses.replace(config, eval=chosen)
 
 
 def load(
@@ -62,7 +68,7 @@ def load(
     """A trained model's. inputs: corpus, gid and model."""
     catalog = read_catalog(inputs["corpus"], inputs["gid"])
     model = load_model(inputs["model"]).to(device)
-    return Recommender(with_chosen_weight(config, inputs["model"]), catalog, model, device, only)
+    return Recommender(with_chosen_weights(config, inputs["model"]), catalog, model, device, only)
 
 
 class Recommender:
@@ -76,7 +82,7 @@ class Recommender:
             beam stays on the way to a candidate.
 
     Raises:
-        ValueError: there are no candidates, or one is not in 1..I.
+        ValueError: there are no candidates, or one is not in 1..I; neighbours have a weight and gid/ has none.
     """
 
     def __init__(
@@ -106,6 +112,17 @@ class Recommender:
             else:
                 vectors_CD = dense.item_vectors(config, model, catalog, device, items_C, which)
             self._index = dense.Index(vectors_CD, items_C, catalog.num_items)
+        self._neighbours = None
+        if self._ranks_by == "hybrid" and config.eval.neighbours > 0 and not catalog.neighbours:
+            raise ValueError(
+                f"eval.neighbours = {config.eval.neighbours:g}, but gid/ has no neighbours: it was built without them "
+                "(gid.neighbours = 0, cf.method = 'als', or an older version); run: python gid/build.py, or set "
+                "--eval.neighbours=0"
+            )
+        if self._ranks_by == "hybrid" and config.eval.neighbours and catalog.neighbours:
+            may_be_found = self._may_be_scored.clone()
+            may_be_found[0] = False
+            self._neighbours = Neighbours(catalog.neighbours, may_be_found)
 
     @torch.no_grad()
     def recommend(self, batch: dict, k: int, states_BLD: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -118,8 +135,8 @@ class Recommender:
 
         Returns:
             item_idx int32 (B, k), best first, equal scores by item_idx, 0 where there are no more; score float32
-            (B, k), -inf there. With 'hybrid' also what its halves would return alone, generative and dense, int32
-            (B, k).
+            (B, k), -inf there. With 'hybrid' also int32 (B, k) what its parts would return: generative and dense, each
+            alone, and, where there are neighbours, without_neighbours.
         """
         user, *seen = self._on_device(batch)
         states_BLD = self.model.encode(user) if states_BLD is None else states_BLD
@@ -128,14 +145,18 @@ class Recommender:
         user_BD = dense.user_vectors(self.model, states_BLD, user)
         if self._ranks_by == "dense":
             return _found(self._index.search(user_BD, k, *seen))
+        weights = self.config.eval.hybrid, self.config.eval.neighbours
         if self._exhaustive:
             near = self._index.search(user_BD, k, *seen)
-            generated, best = self._rank_all(states_BLD, user, user_BD, seen, k)
+            generated, without, best = self._rank_all(states_BLD, user, user_BD, seen, k)
         else:
             found = self._candidates(states_BLD, user, user_BD, seen, k)
             generated, near = found.generated, found.near
-            best = found.best(self.config.eval.hybrid, k)
-        return _found(best) | {"generative": generated[0][:, :k].int(), "dense": near[0][:, :k].int()}
+            best, without = found.best(*weights, k), found.best(weights[0], 0.0, k)
+        parts = {"generative": generated, "dense": near}
+        if self._neighbours:
+            parts["without_neighbours"] = without
+        return _found(best) | {name: part[0][:, :k].int() for name, part in parts.items()}
 
     @torch.no_grad()
     def score(self, batch: dict, item_idx_BN: torch.Tensor) -> torch.Tensor:
@@ -153,7 +174,10 @@ class Recommender:
             score_BN += self.log_p(states_BLD, user["mask"], item_BN).sum(-1)
         if self._ranks_by != "generative":
             weight = 1.0 if self._ranks_by == "dense" else self.config.eval.hybrid
-            score_BN += weight * self._index.scores(dense.user_vectors(self.model, states_BLD, user), item_BN)
+            near_BN = self._index.scores(dense.user_vectors(self.model, states_BLD, user), item_BN)
+            if self._neighbours:
+                near_BN = near_BN + self.config.eval.neighbours * self._neighbours.of(user["item"]).scores(item_BN)
+            score_BN += weight * near_BN
         return score_BN.masked_fill(item_BN == 0, -torch.inf)
 
     @torch.no_grad()
@@ -174,9 +198,15 @@ class Recommender:
         width = max(k, self.config.eval.beams)
         near = self._index.search(user_BD, width, *seen)
         generated = self._generate(states_BLD, user, seen, width)
-        item_BN = torch.cat([generated[0], near[0]], 1)
-        log_p_BN = torch.cat([generated[1], self.log_p(states_BLD, user["mask"], near[0]).sum(-1)], 1)
-        return Candidates(generated, near, item_BN, log_p_BN, self._index.scores(user_BD, item_BN))
+        others = [near[0]]
+        if self._neighbours:
+            of_users = self._neighbours.of(user["item"])
+            others.append(self._neighbours.best(of_users, width, *seen)[0])
+        other_BN = torch.cat(others, 1)
+        item_BN = torch.cat([generated[0], other_BN], 1)
+        log_p_BN = torch.cat([generated[1], self.log_p(states_BLD, user["mask"], other_BN).sum(-1)], 1)
+        neighbours_BN = of_users.scores(item_BN) if self._neighbours else None
+        return Candidates(generated, near, item_BN, log_p_BN, self._index.scores(user_BD, item_BN), neighbours_BN)
 
     def _on_device(self, batch: dict) -> tuple:
         """user, seen_row and seen_item of a batch, None for those that it lacks."""
@@ -191,19 +221,25 @@ class Recommender:
 
     def _rank_all(
         self, states_BLD: torch.Tensor, user: dict, user_BD: torch.Tensor | None, seen: list, k: int
-    ) -> tuple[Ranked, Ranked]:
-        """The best of all items by log p, and by the hybrid's sum (by log p again without user_BD)."""
+    ) -> list[Ranked]:
+        """The best of all items by log p, and, with user_BD, by the hybrid's sum without neighbours and with them."""
         none = torch.zeros(len(states_BLD), 0, dtype=torch.long, device=self.device), states_BLD[:, 0, :0].float()
-        best = [none, none]
+        best = [none] if user_BD is None else [none, none, none]
+        of_users = self._neighbours.of(user["item"]) if self._neighbours else None
+        weight, of_neighbours = self.config.eval.hybrid, self.config.eval.neighbours
         for item_C, log_p_BC in all_items(self.model, self._tree, states_BLD, user["mask"], v_ID=self._v_ID):
-            scores = [log_p_BC, log_p_BC]
+            scores = [log_p_BC]
             if user_BD is not None:
-                scores[1] = log_p_BC + self.config.eval.hybrid * (user_BD @ self._index.vectors(item_C).T)
+                near_BC = user_BD @ self._index.vectors(item_C).T
+                scores += [log_p_BC + weight * near_BC] * 2
+                if of_users:
+                    c_BC = of_users.scores(item_C.repeat(len(user_BD), 1))
+                    scores[2] = log_p_BC + weight * (near_BC + of_neighbours * c_BC)
             for i, score_BC in enumerate(scores):
                 item_BN = torch.cat([best[i][0], item_C.expand_as(score_BC)], 1)
                 score_BN = torch.cat([best[i][1], score_BC], 1)
                 best[i] = best_items(item_BN, score_BN, k, self.catalog.num_items, *seen)
-        return best[0], best[1]
+        return best
 
     def _check_items(self, item_BN: torch.Tensor) -> None:
         known_BN = (item_BN >= 0) & (item_BN <= self.catalog.num_items)

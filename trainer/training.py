@@ -301,7 +301,7 @@ class Training:
         halves = ""
         if "hybrid" in measured:
             alone = (f"{half} {measured[f'{half}_ndcg@10']:.4f}" for half in ("generative", "dense"))
-            halves = f" ({', '.join(alone)}; weight {measured['hybrid']:g})"
+            halves = f" ({', '.join(alone)}; weights {measured['hybrid']:g} and {measured['neighbours']:g})"
         return (
             f"valid loss {measured['rec']:.4f} (levels {levels}; {chance}), recall@10 {measured['recall@10']:.4f}, "
             f"ndcg@10 {measured['ndcg@10']:.4f}{halves} of {measured['num_users']:.0f} users, "

@@ -1,6 +1,7 @@
 """What a model is worth on the valid users: the loss of their targets, and recall@10 and ndcg@10 of its lists."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from trainer.recommender import Recommender
 CUTOFF = 10
 # Of the ranking score in the hybrid, to choose from. Both scores are log-probabilities up to a constant of the user.
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# Of the neighbours beside the ranking score.
+OF_NEIGHBOURS = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 
 @torch.no_grad()
@@ -39,8 +42,8 @@ def validate(
     Returns:
         rec, the mean over the levels of rec_level_1 .. rec_level_l: -log p of the codes of a target, per target;
         recall@10 and ndcg@10, per user, of the lists that an evaluation would report, with `train.eval_beams` beams;
-        num_users. Of a hybrid also hybrid, its weight, or the one of the highest ndcg@10 where none is set, and
-        generative_ndcg@10 and dense_ndcg@10, of its halves.
+        num_users. Of a hybrid also hybrid and neighbours, its weights, or those of the highest ndcg@10 where none are
+        set, and generative_ndcg@10 and dense_ndcg@10, of its halves.
 
     Raises:
         ValueError: the corpus has no valid users.
@@ -51,7 +54,13 @@ def validate(
         config_module.replace(config, {"eval.beams": max(config.train.eval_beams, *config.eval.cutoffs)}),
         catalog, model, device,
     )  # fmt: skip
-    weights = (config.eval.hybrid,) if config.eval.hybrid > 0 else WEIGHTS
+    of_neighbours = OF_NEIGHBOURS if catalog.neighbours else (0.0,)
+    weights = tuple(
+        itertools.product(
+            (config.eval.hybrid,) if config.eval.hybrid > 0 else WEIGHTS,
+            (config.eval.neighbours,) if config.eval.neighbours >= 0 else of_neighbours,
+        )
+    )
     names = ("generative", "dense", *weights) if config.eval.ranks_by == "hybrid" else (config.eval.ranks_by,)
     levels = model.config.gid_length
     total = torch.zeros(levels + 2 + 2 * len(names), dtype=torch.float64)
@@ -80,13 +89,17 @@ def validate(
     found = dict(zip(names, (total[levels + 2 :] / num_users).view(-1, 2).tolist(), strict=True))
     halves = {f"{name}_ndcg@{CUTOFF}": found[name][1] for name in names[:2] if len(names) > 1}
     best = max(names[-len(weights) :], key=lambda name: found[name][1])
-    chosen = {"hybrid": best} if len(names) > 1 else {}
+    chosen = dict(zip(("hybrid", "neighbours"), best, strict=True)) if len(names) > 1 else {}
     metrics = {f"recall@{CUTOFF}": found[best][0], f"ndcg@{CUTOFF}": found[best][1], "num_users": num_users}
     return {"rec": sum(losses.values()) / levels} | losses | metrics | chosen | halves
 
 
 def _lists(
-    config: Config, recommender: Recommender, batch: dict, states: torch.Tensor, weights: tuple[float, ...]
+    config: Config,
+    recommender: Recommender,
+    batch: dict,
+    states: torch.Tensor,
+    weights: Sequence[tuple[float, float]],
 ) -> list[torch.Tensor]:
     """The first items, (B, 10), by each of what `validate` compares."""
     keys = ("user", "seen_row", "seen_item") if config.eval.mask_seen else ("user",)
@@ -95,7 +108,7 @@ def _lists(
         return [recommender.recommend(shown, CUTOFF, states)["item_idx"]]
     found = recommender.candidates(shown, CUTOFF, states)
     halves = [found.generated[0][:, :CUTOFF], found.near[0][:, :CUTOFF]]
-    return halves + [found.best(weight, CUTOFF)[0] for weight in weights]
+    return halves + [found.best(*pair, CUTOFF)[0] for pair in weights]
 
 
 def _ranking_sums(items: np.ndarray, batch: dict) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tests.trainer import runs
 from trainer import dense, distributed, loader
 from trainer.beam import beam_search
 from trainer.main import main as train
-from trainer.recommender import load, with_chosen_weight
+from trainer.recommender import load, with_chosen_weights
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -115,8 +115,9 @@ def test_without_a_weight_set_the_one_of_the_best_validation_ranks(trained, reco
     config, inputs = trained
     chosen = config_module.replace(config, {"eval.hybrid": -1.0})
     model = with_best(inputs["model"], {"ndcg@10": 0.1, "hybrid": 8.0})
-    assert with_chosen_weight(chosen, model) == config_module.replace(config, {"eval.hybrid": 8.0})
-    assert with_chosen_weight(config, model) == config  # 0.5 is set
+    expected = config_module.replace(config, {"eval.hybrid": 8.0, "eval.neighbours": 0.0})
+    assert with_chosen_weights(chosen, model) == expected
+    assert with_chosen_weights(config, model) == config  # 0.5 is set
 
     made = load(chosen, inputs | {"model": model}, CPU)
     batch = next(batches(made, inputs, 60))
