@@ -175,7 +175,8 @@ def hybrid_row(config: Config, num_users: int = 512) -> dict:
             break
     seconds = (time.process_time() - begin) / users
     return {
-        "what": "hybrid", "data": config.name, "beams": config.eval.beams, "users": corpus.counts["num_users"],
+        "what": "hybrid", "data": config.name, "neighbours": config.eval.neighbours,
+        "beams": config.eval.beams, "users": corpus.counts["num_users"],
         "items": catalog.num_items, "events": corpus.counts["num_train"], "cpu_seconds_per_user": seconds,
     }  # fmt: skip
 
@@ -196,7 +197,9 @@ def main() -> None:
             overrides = {"work": args.work, "eval.batch": "128"} | SHAPES[shape]
             rows.append(decode_row(config_module.load(args.config, overrides), shape, beams, users))
     if args.only in (None, "hybrid"):
-        rows.append(hybrid_row(config_module.load(args.config, {"work": args.work, "eval.hybrid": "1"})))
+        rows.append(
+            hybrid_row(config_module.load(args.config, {"work": args.work, "eval.hybrid": "1", "eval.neighbours": "1"}))
+        )
     if args.only in (None, "vectors"):
         rows += [search_row(1_000_000), align_row(300_000), align_row(100_000)]
     save(rows)

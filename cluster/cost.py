@@ -143,7 +143,7 @@ def als_driver_bytes(users: float, items: float, cf: Cf) -> float:
 
 @functools.cache
 def _trees() -> dict[int, dict]:
-    return {row["items"]: row for row in measured("gid")["trees"]}
+    return {row["items"]: row for row in measured("gid")["trees"] if row["device"] == "CPU"}
 
 
 def tree_cpu_seconds(items: float, dim: int) -> float:
@@ -314,9 +314,13 @@ def rank_flops_per_user(config: Config, scale: Scale, beams: int) -> float:
     if config.eval.exhaustive or beams >= scale.items:
         return decode_flops(shape, length, int(scale.items))
     flops = decode_flops(shape, length, beams)
-    if ranks_by == "hybrid":  # log p of as many near items, which share the first level
-        flops += code_flops(shape, length, 1 + beams * (shape.gid_length - 1))
+    if ranks_by == "hybrid":  # log p of as many near items, and of as many neighbours, which share the first level
+        flops += code_flops(shape, length, 1 + beams * (1 + _has_neighbours(config)) * (shape.gid_length - 1))
     return flops
+
+
+def _has_neighbours(config: Config) -> bool:
+    return bool(config.gid.neighbours and config.eval.neighbours) and config.cf.method != "als"
 
 
 def search_flops(config: Config, scale: Scale, users: float) -> float:
@@ -338,11 +342,13 @@ def item_vector_flops(config: Config, scale: Scale) -> float:
 
 
 def item_vector_bytes(config: Config, scale: Scale) -> float:
-    """On each rank, in an evaluation and in every validation: vectors, two tables of their places for the search, and
-    GIDs of 2 bytes."""
+    """On each rank, in an evaluation and in every validation: vectors, two tables of their places for the search, GIDs
+    of 2 bytes, and the neighbours."""
     searches = config.eval.ranks_by != "generative"
     vectors = searches or config.model.codebooks == "prefix"
-    return scale.items * (4 * config.model.d_model * vectors + 16 * searches + 2 * gid_levels(config, scale))
+    neighbours = config.gid.neighbours * (config.eval.ranks_by == "hybrid" and _has_neighbours(config))
+    per_item = 4 * config.model.d_model * vectors + 16 * searches + 2 * gid_levels(config, scale) + 8 * neighbours
+    return scale.items * per_item
 
 
 # Memory of training

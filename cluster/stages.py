@@ -331,8 +331,9 @@ def train_warnings(
         )
     if numbers["vectors"] > 0.2 * machines.rank_bytes:
         warnings.append(
-            f"a validation holds the vectors of all items on each rank, {size(numbers['vectors'])} of "
-            f"{size(machines.rank_bytes)}; eval.mode = 'generative' and model.codebooks = 'level' need none"
+            f"a validation holds vectors and neighbours of all items on each rank, {size(numbers['vectors'])} of "
+            f"{size(machines.rank_bytes)}; gid.neighbours = 0 needs no neighbours, eval.mode = 'generative' and "
+            "model.codebooks = 'level' no vectors either"
         )
     if softmax_share > 0.5 or numbers["logits"] > 0.2 * machines.rank_bytes:
         warnings.append(
@@ -392,9 +393,10 @@ def evaluate(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     warnings = []
     if device > machines.rank_bytes:
         warnings.append(
-            f"each rank holds the whole tables, {size(tables)}, the tree, {size(trees)}, and the vectors of all items, "
-            f"{size(held)}: more than {size(machines.rank_bytes)}; eval.mode = 'generative' and model.codebooks = "
-            "'level' save the vectors, a hashed table (model.item_table, model.user_table) the rest"
+            f"each rank holds the whole tables, {size(tables)}, the tree, {size(trees)}, and vectors and neighbours of "
+            f"all items, {size(held)}: more than {size(machines.rank_bytes)}; gid.neighbours = 0 saves the "
+            "neighbours, eval.mode = 'generative' and model.codebooks = 'level' the vectors as well, a hashed table "
+            "(model.item_table, model.user_table) the rest"
         )
     if searching > max(3600, 0.5 * seconds):
         warnings.append(

@@ -88,7 +88,7 @@ def _decoding(config: Config, num_items: int) -> str:
     if settings.ranks_by != "hybrid":
         return found
     total, third = f"log p + {settings.hybrid:g} {score}", ""
-    if settings.neighbours:
+    if settings.neighbours > 0:
         total, third = f"log p + {settings.hybrid:g} ({score} + {settings.neighbours:g} c)", " and by c, the neighbours"
     return f"{found}, ranked by {total}" if every else f"{found}; with as many by {score}{third}, ranked by {total}"
 

@@ -14,6 +14,7 @@ from contract import config as config_module
 from contract import schema
 from contract.artifacts import open_artifact, stage_output
 from contract.settings import Config
+from gid import neighbours
 from trainer import inputs, packing
 from trainer import model as model_module
 from trainer.inputs import read_catalog
@@ -49,6 +50,7 @@ OVERRIDES = {
     "train.epochs": "2",
     "eval.beams": "20",
     "eval.hybrid": "0",
+    "eval.neighbours": "0",
     "eval.baselines": "popularity,item_knn,lightgcn",
     "eval.sasrec_epochs": "2",
     "eval.batch": "7",
@@ -143,7 +145,7 @@ def write_corpus(config: Config, num_users: int = 60, num_items: int = 40, num_s
 
 
 def write_gids(config: Config, num_items: int = 40) -> np.ndarray:
-    """Writes gid/: the base-K digits of item_idx - 1, and random embeddings. Returns int64 (I + 1, l)."""
+    """Writes gid/: the base-K digits of item_idx - 1, random embeddings, and neighbours. Returns int64 (I + 1, l)."""
     branching = config.gid.branching
     length = int(np.ceil(np.log(num_items) / np.log(branching) - 1e-9))
     digits = (np.arange(num_items)[:, None] // branching ** np.arange(length)[::-1]) % branching
@@ -153,6 +155,9 @@ def write_gids(config: Config, num_items: int = 40) -> np.ndarray:
         _write(output.path / "gids.parquet", schema.GIDS, [list(range(1, num_items + 1)), digits.tolist()])
         np.save(output.path / "item_embeddings.npy", rng.normal(size=(num_items + 1, 8)).astype(np.float32))
         np.save(output.path / "user_embeddings.npy", rng.normal(size=(61, 8)).astype(np.float32))
+        train = [s[:-2] for s in sequences(60, num_items)]
+        user = np.repeat(np.arange(1, 61), [len(s) for s in train])
+        neighbours.write(output.path, neighbours.find(user, np.concatenate(train), 60, num_items, count=6))
         inputs = {"corpus": json.loads(corpus.read_text())["digest"]}
         output.commit({"num_items": num_items, "branching": branching, "length": length}, inputs)
     return np.concatenate([np.zeros((1, length), np.int64), digits])

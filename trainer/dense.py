@@ -2,8 +2,7 @@
 
 Of a model without L_softmax it is h(X_u) . h(X_i) d_model^-0.5, which BPR trains; it is written v_i all the same.
 
-Alone it is dense retrieval. The hybrid takes the best candidates of the beam and as many of dense retrieval, and ranks
-them by the sum of the log-probability and this score.
+Alone it is dense retrieval; the hybrid adds it to the log-probability, see trainer/recommender.py.
 
 Axes in names: B users, N candidates, C items that are searched, I items, D width.
 """
@@ -64,22 +63,11 @@ def user_vectors(model: ColaRec, states_BLD: torch.Tensor, inputs: dict[str, tor
     return model.summary(states_BLD, inputs).float()
 
 
-def hybrid(
-    item_BN: torch.Tensor, log_p_BN: torch.Tensor, near_BN: torch.Tensor, weight: float, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of the candidates by log p(GID | X_u) + weight * h(X_u) . v_i.
-
-    Args:
-        item_BN, log_p_BN: as `beam_search` returns them; an item counts once.
-        near_BN: h(X_u) . v_i of them.
-
-    Returns:
-        item_idx int64 (B, k) and the sum, as `beam_search` does.
-    """
+def repeated(item_BN: torch.Tensor) -> torch.Tensor:
+    """bool (B, N): whether an item stands further left in its row as well."""
     ordered_BN, order_BN = item_BN.sort(dim=1, stable=True)
-    again_BN = F.pad(ordered_BN[:, 1:] == ordered_BN[:, :-1], (1, 0)).gather(1, order_BN.argsort(1))
-    score_BN = log_p_BN + weight * near_BN
-    return best_items(item_BN, score_BN.masked_fill(again_BN | (item_BN == 0), -torch.inf), k)
+    again_BN = F.pad(ordered_BN[:, 1:] == ordered_BN[:, :-1], (1, 0))
+    return torch.empty_like(again_BN).scatter_(1, order_BN, again_BN)
 
 
 class Index:

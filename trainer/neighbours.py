@@ -29,7 +29,7 @@ class OfUsers(NamedTuple):
 
     def scores(self, item_BN: torch.Tensor) -> torch.Tensor:
         """c, float32 (B, N), of any items."""
-        place_BN = torch.searchsorted(self.item_BM, item_BN).clamp_max(self.item_BM.shape[1] - 1)
+        place_BN = torch.searchsorted(self.item_BM, item_BN.contiguous()).clamp_max(self.item_BM.shape[1] - 1)
         return self.score_BM.gather(1, place_BN).masked_fill(self.item_BM.gather(1, place_BN) != item_BN, 0)
 
 

@@ -45,13 +45,15 @@ class Candidates(NamedTuple):
     log_p_BN: torch.Tensor
     near_BN: torch.Tensor
     neighbours_BN: torch.Tensor | None
+    again_BN: torch.Tensor  # bool: item 0, or one that stands further left as well
 
     def best(self, weight: float, of_neighbours: float, k: int) -> Ranked:
         """The k best by log p(GID | X_u) + weight (h(X_u) . v_i + of_neighbours c(u, i))."""
         near_BN = self.near_BN
         if of_neighbours and self.neighbours_BN is not None:
             near_BN = near_BN + of_neighbours * self.neighbours_BN
-        return dense.hybrid(self.item_BN, self.log_p_BN, near_BN, weight, k)
+        score_BN = self.log_p_BN + weight * near_BN
+        return best_items(self.item_BN, score_BN.masked_fill(self.again_BN, -torch.inf), k)
 
 
 def with_chosen_weights(config: Config, model: Artifact) -> Config:
@@ -205,8 +207,10 @@ class Recommender:
         other_BN = torch.cat(others, 1)
         item_BN = torch.cat([generated[0], other_BN], 1)
         log_p_BN = torch.cat([generated[1], self.log_p(states_BLD, user["mask"], other_BN).sum(-1)], 1)
+        near_BN = self._index.scores(user_BD, item_BN)
         neighbours_BN = of_users.scores(item_BN) if self._neighbours else None
-        return Candidates(generated, near, item_BN, log_p_BN, self._index.scores(user_BD, item_BN), neighbours_BN)
+        again_BN = dense.repeated(item_BN) | (item_BN == 0)
+        return Candidates(generated, near, item_BN, log_p_BN, near_BN, neighbours_BN, again_BN)
 
     def _on_device(self, batch: dict) -> tuple:
         """user, seen_row and seen_item of a batch, None for those that it lacks."""

@@ -57,7 +57,7 @@ def test_more_cores_shorten_all_but_the_start():
 @pytest.mark.parametrize(("items", "factor"), [(100_000, 1.5), (300_000, 1.5), (1_000_000, 2.2)])
 def test_trees(items, factor):
     """The tree of 1M x 64 is 3% full: emptier than most, and cheaper."""
-    measured = row("gid", cost.measured("gid")["trees"], items=items)
+    measured = row("gid", cost.measured("gid")["trees"], items=items, device="CPU")
     assert within(factor, cost.tree_cpu_seconds(items, 64), measured["cpu_seconds"])
     assert within(1.2, cost.tree_bytes(items, 64), measured["peak_gb"] * 2**30)
 
@@ -159,7 +159,7 @@ def test_decoding_of_other_data_and_beams():
 def test_ranking_by_the_hybrid(data):
     """Beams, near items and search together; the near items' share of it is less than the beams' rate says."""
     measured = row("scale", what="hybrid", data=data)
-    config = cost.as_run(data, {"eval.hybrid": 1.0})
+    config = cost.as_run(data, {"eval.hybrid": 1.0, "eval.neighbours": float(measured.get("neighbours", 0))})
     scale = cost.corpus_scale(measured["users"], measured["items"], measured["events"])
     assert within(2, cost.rank_cpu_seconds(config, scale, 1, measured["beams"]), measured["cpu_seconds_per_user"])
 

@@ -76,17 +76,23 @@ def test_every_baseline_is_in_the_table(trained):
     assert kept.name.startswith("sasrec-")
 
 
-def test_the_hybrid_is_shown_beside_its_halves(trained):
+def test_the_hybrid_is_shown_beside_its_parts(trained):
     config, file, _ = trained
     main(["--config", str(file)])
     alone = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
     main(["--config", str(file), "--eval.hybrid=0.5"])
+    learned = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
+    main(["--config", str(file), "--eval.hybrid=0.5", "--eval.neighbours=1"])
     results = json.loads((config.work_dir / "eval" / "metrics.json").read_text())
-    assert list(results["models"])[:3] == ["ColaRec", "ColaRec, generative", "ColaRec, dense"]
+    parts = ["without neighbours", "generative", "dense"]
+    assert list(results["models"])[:4] == ["ColaRec", *(f"ColaRec, {part}" for part in parts)]
+    assert [*learned["models"]][:3] == ["ColaRec", "ColaRec, generative", "ColaRec, dense"]
     assert results["models"]["ColaRec, generative"] == alone["models"]["ColaRec"]
     assert results["models"]["ColaRec"] != alone["models"]["ColaRec"]
     assert all(lead["over"] in ("popularity", "item_knn", "lightgcn") for lead in results["lead"].values())
-    assert "ranked by log p + 0.5 of that" in results["protocol"]["decoding"]
+    assert results["protocol"]["decoding"].endswith(
+        "with as many by h(X_u) . v_i and by c, the neighbours, ranked by log p + 0.5 (h(X_u) . v_i + 1 c)"
+    )
 
 
 def test_a_model_of_another_history_is_refused(trained):

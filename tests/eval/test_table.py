@@ -149,6 +149,10 @@ def test_what_is_not_results_is_refused(text, tmp_path):
             {"eval.beams": "567", "eval.hybrid": "4"},
             {"decoding": "the GIDs of all items, ranked by log p + 4 h(X_u) . v_i"},
         ),
+        (
+            {"eval.beams": "567", "eval.hybrid": "4", "eval.neighbours": "0.5"},
+            {"decoding": "the GIDs of all items, ranked by log p + 4 (h(X_u) . v_i + 0.5 c)"},
+        ),
         ({"eval.exhaustive": "true", "eval.mode": "generative"}, {"decoding": "the GIDs of all items"}),
         ({"etl.split": "random"}, {"split": "at random, 0.8:0.1:0.1 of each user's items"}),
     ],

@@ -6,7 +6,7 @@ import pytest
 from contract import schema
 from contract.artifacts import open_artifact, stage_output
 from contract.config import load
-from gid import build
+from gid import build, neighbours
 
 NUM_USERS, NUM_ITEMS = 60, 41
 
@@ -107,6 +107,18 @@ def test_too_small_a_tree_fails_before_any_training(toml, capsys):
         build.main(["--config", str(toml), "--gid.length=2"])
     assert "lightgcn" not in capsys.readouterr().out
     assert not (load(str(toml)).work_dir / "gid").exists()
+
+
+def test_neighbours_are_kept_unless_none_are_asked_for(toml):
+    build.main(["--config", str(toml), "--cf.max_epochs=1", "--gid.neighbours=7"])
+    path = load(str(toml)).work_dir / "gid"
+    found = neighbours.read(path)
+    assert found.item_IK.shape == found.weight_IK.shape == (NUM_ITEMS + 1, 7)
+    one, other = found.item_IK[1:21], found.item_IK[21:41]  # the tastes share no users
+    assert 1 <= one.max() <= 20 < other[other > 0].min()
+    assert not found.item_IK[41].any()
+    build.main(["--config", str(toml), "--cf.max_epochs=1", "--gid.neighbours=0"])
+    assert neighbours.read(path) is None
 
 
 def test_random_gids_and_dry_run(toml, capsys):

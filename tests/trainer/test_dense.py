@@ -26,27 +26,10 @@ def test_item_vectors_are_those_of_each_item_alone(tmp_path, monkeypatch, which)
         assert torch.allclose(vectors[row], expected, atol=1e-6)
 
 
-def test_the_hybrid_adds_the_ranking_score():
-    item = torch.tensor([[1, 2, 3], [3, 0, 0]])
-    log_p = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -INF, -INF]])
-    near = torch.tensor([[1.0, 2.0, 4.0], [2.0, 9.0, 9.0]])
-    found, score = dense.hybrid(item, log_p, near, 0.5, k=2)  # 1: -1 + .5, 2: -2 + 1, 3: -3 + 2
-    assert found.tolist() == [[1, 2], [3, 0]]
-    assert score.tolist() == [[-0.5, -1.0], [0.0, -INF]]
-    assert dense.hybrid(item, log_p, near, 2.0, k=2)[0].tolist() == [[3, 2], [3, 0]]
-
-
-def test_a_candidate_that_is_there_twice_counts_once():
-    item = torch.tensor([[2, 1, 1, 2, 0, 3, 0]])
-    log_p = torch.tensor([[-2.0, -1.0, -1.0, -2.0, -0.5, -3.0, -0.5]])
-    found, score = dense.hybrid(item, log_p, torch.zeros(1, 7), 1.0, k=4)
-    assert found.tolist() == [[1, 2, 3, 0]]
-    assert score.tolist() == [[-1.0, -2.0, -3.0, -INF]]
-
-
-def test_equal_scores_are_ordered_by_item():
-    item, log_p = torch.tensor([[9, 4, 7]]), torch.zeros(1, 3)
-    assert dense.hybrid(item, log_p, torch.zeros(1, 3), 1.0, 3)[0].tolist() == [[4, 7, 9]]
+def test_an_item_is_repeated_where_it_stands_further_left_as_well():
+    item = torch.tensor([[2, 1, 1, 2, 5, 2], [3, 3, 4, 0, 0, 4]])
+    expected = [[False, False, True, True, False, True], [False, True, False, False, True, True]]
+    assert dense.repeated(item).tolist() == expected
 
 
 @pytest.mark.parametrize("masked", [False, True])

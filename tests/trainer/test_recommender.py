@@ -19,7 +19,7 @@ from tests.trainer import runs
 from trainer import dense, distributed, loader
 from trainer.beam import beam_search
 from trainer.main import main as train
-from trainer.recommender import load, with_chosen_weights
+from trainer.recommender import Candidates, Recommender, load, with_chosen_weights
 
 CPU = torch.device("cpu")
 INF = float("inf")
@@ -29,7 +29,7 @@ INF = float("inf")
 def trained(tmp_path_factory, group):
     """(config, inputs) of a work folder with a model."""
     folder = tmp_path_factory.mktemp("decode")
-    config = tiny.tiny_config(folder / "work", train__epochs="2", eval__hybrid="0.5")
+    config = tiny.tiny_config(folder / "work", train__epochs="2", eval__hybrid="0.5", eval__neighbours="2")
     tiny.write_corpus(config)
     tiny.write_gids(config)
     (folder / "run.toml").write_text(to_toml(config))
@@ -54,17 +54,31 @@ def batches(recommender, inputs, size):
 
 @torch.no_grad()
 def exact_scores(recommender, batch, mode):
-    """(B, I + 1) of all items, from the model's training code; -inf for those seen."""
+    """(B, I + 1) of all items, from the model's training code and counted pair by pair; -inf for those seen."""
     model, catalog = recommender.model, recommender.catalog
     states = model.encode(batch["user"])
     vectors = dense.item_vectors(recommender.config, model, catalog, CPU, np.arange(1, 41), "v")
     total = torch.full((len(states), 41), -INF)
     total[:, 1:] = dense.user_vectors(model, states, batch["user"]) @ vectors.T
+    if mode == "hybrid":
+        total += 2 * c_of_all_items(catalog.neighbours, batch["user"]["item"].tolist())
     if mode != "dense":
         log_p = tiny.log_p_of_all_items(recommender.config, model, catalog, batch).sum(-1)
-        total[:, 1:] = log_p + (0.5 * total[:, 1:] if mode == "hybrid" else 0)
+        weight = 0.5 if mode.endswith(("hybrid", "without_neighbours")) else 0
+        total[:, 1:] = log_p + (weight * total[:, 1:] if weight else 0)
     total[batch["seen_row"], batch["seen_item"]] = -INF
     return total
+
+
+def c_of_all_items(table, histories):
+    """float32 (B, I + 1), see trainer/neighbours.py; column 0 is meaningless."""
+    n = torch.zeros(len(histories), len(table.item_IK))
+    for row, history in enumerate(histories):
+        for item in history:
+            for neighbour, weight in zip(table.item_IK[item], table.weight_IK[item], strict=True):
+                n[row, int(neighbour)] += float(weight)
+    assert (n > 0).any(1).all()
+    return torch.log1p(n / n.amax(1, keepdim=True) / 0.3)
 
 
 def assert_best(item, score, expected):
@@ -75,6 +89,38 @@ def assert_best(item, score, expected):
     assert all(len(set(row)) == len(row) for row in item.tolist())
 
 
+def candidates(item, log_p, near, c=None):
+    """Those of tensors (B, N)."""
+    return Candidates(None, None, item, log_p, near, c, dense.repeated(item) | (item == 0))
+
+
+def test_the_hybrid_adds_the_ranking_score_and_the_neighbours():
+    item = torch.tensor([[1, 2, 3], [3, 0, 0]])
+    log_p = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -INF, -INF]])
+    near = torch.tensor([[1.0, 2.0, 4.0], [2.0, 9.0, 9.0]])
+    c = torch.tensor([[0.0, 2.0, 0.0], [3.0, 9.0, 9.0]])
+    found, score = candidates(item, log_p, near, c).best(0.5, 0.0, k=2)  # 1: -1 + .5, 2: -2 + 1, 3: -3 + 2
+    assert found.tolist() == [[1, 2], [3, 0]]
+    assert score.tolist() == [[-0.5, -1.0], [0.0, -INF]]
+    assert candidates(item, log_p, near).best(2.0, 0.0, k=2)[0].tolist() == [[3, 2], [3, 0]]
+    found, score = candidates(item, log_p, near, c).best(0.5, 2.0, k=2)  # 2: -2 + .5 (2 + 2 2)
+    assert found.tolist() == [[2, 1], [3, 0]]
+    assert score.tolist() == [[1.0, -0.5], [3.0, -INF]]
+
+
+def test_a_candidate_that_is_there_twice_counts_once():
+    item = torch.tensor([[2, 1, 1, 2, 0, 3, 0]])
+    log_p = torch.tensor([[-2.0, -1.0, -1.0, -2.0, -0.5, -3.0, -0.5]])
+    found, score = candidates(item, log_p, torch.zeros(1, 7)).best(1.0, 0.0, k=4)
+    assert found.tolist() == [[1, 2, 3, 0]]
+    assert score.tolist() == [[-1.0, -2.0, -3.0, -INF]]
+
+
+def test_equal_scores_are_ordered_by_item():
+    item, log_p = torch.tensor([[9, 4, 7]]), torch.zeros(1, 3)
+    assert candidates(item, log_p, torch.zeros(1, 3)).best(1.0, 0.0, 3)[0].tolist() == [[4, 7, 9]]
+
+
 @pytest.mark.parametrize("mode", ["hybrid", "generative", "dense"])
 @pytest.mark.parametrize("width", [{"exhaustive": True, "beams": 5}, {"beams": 40}])
 def test_exhaustive_lists_are_the_best_of_all_items(trained, recommender, mode, width):
@@ -83,10 +129,34 @@ def test_exhaustive_lists_are_the_best_of_all_items(trained, recommender, mode, 
         found = made.recommend(batch, 10)
         assert found["item_idx"].dtype == torch.int32
         assert_best(found["item_idx"], found["score"], exact_scores(made, batch, mode))
-        assert set(found) == {"item_idx", "score"} | ({"generative", "dense"} if mode == "hybrid" else set())
-        for half in ("generative", "dense") if mode == "hybrid" else ():
-            expected = exact_scores(made, batch, half)
-            assert_best(found[half], expected.gather(1, found[half].long()), expected)
+        parts = ("generative", "dense", "without_neighbours") if mode == "hybrid" else ()
+        assert set(found) == {"item_idx", "score", *parts}
+        for part in parts:
+            expected = exact_scores(made, batch, part)
+            assert_best(found[part], expected.gather(1, found[part].long()), expected)
+
+
+def test_lists_without_neighbours_are_those_that_no_weight_gives(trained, recommender):
+    made, plain = recommender(beams=8), recommender(beams=8, neighbours=0.0)
+    differ = 0
+    for batch in batches(made, trained[1], 60):
+        found, expected = made.recommend(batch, 8), plain.recommend(batch, 8)
+        assert "without_neighbours" not in expected
+        # Neighbours are candidates as well, so that one that beam and search missed may be in it.
+        better = found["without_neighbours"] != expected["item_idx"]
+        assert (made.score(batch, expected["item_idx"]) > -INF).all()
+        differ += int((found["item_idx"] != expected["item_idx"]).sum())
+        assert better.float().mean() < 0.1
+    assert differ
+
+
+def test_a_weight_of_neighbours_needs_some(trained, recommender):
+    made = recommender()
+    catalog = dataclasses.replace(made.catalog, neighbours=None)
+    with pytest.raises(ValueError, match=r"eval.neighbours = 2, but gid/ has no neighbours"):
+        Recommender(made.config, catalog, made.model, CPU)
+    unset = dataclasses.replace(made.config, eval=dataclasses.replace(made.config.eval, neighbours=-1.0))
+    Recommender(unset, catalog, made.model, CPU)
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "generative", "dense"])
@@ -114,9 +184,10 @@ def test_a_hybrid_without_weight_is_generative(trained, recommender):
 def test_without_a_weight_set_the_one_of_the_best_validation_ranks(trained, recommender):
     config, inputs = trained
     chosen = config_module.replace(config, {"eval.hybrid": -1.0})
-    model = with_best(inputs["model"], {"ndcg@10": 0.1, "hybrid": 8.0})
-    expected = config_module.replace(config, {"eval.hybrid": 8.0, "eval.neighbours": 0.0})
-    assert with_chosen_weights(chosen, model) == expected
+    model = with_best(inputs["model"], {"ndcg@10": 0.1, "hybrid": 8.0, "neighbours": 2.0})
+    assert with_chosen_weights(chosen, model) == config_module.replace(config, {"eval.hybrid": 8.0})
+    both = config_module.replace(chosen, {"eval.neighbours": -1.0})
+    assert with_chosen_weights(both, model).eval.neighbours == 2
     assert with_chosen_weights(config, model) == config  # 0.5 is set
 
     made = load(chosen, inputs | {"model": model}, CPU)

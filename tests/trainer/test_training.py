@@ -1,5 +1,6 @@
 """The loop: learning rates, validation and what is kept of it, early stopping, steps that are left out."""
 
+import itertools
 import json
 import math
 import shutil
@@ -17,8 +18,9 @@ from tests.trainer import runs
 from trainer import dense, engine_state, loader, samples
 from trainer.inputs import read_catalog
 from trainer.model import ColaRec
+from trainer.neighbours import Neighbours
 from trainer.training import SIGNALS, learning_rate
-from trainer.validation import WEIGHTS, validate
+from trainer.validation import OF_NEIGHBOURS, WEIGHTS, validate
 
 
 @pytest.fixture(scope="module")
@@ -87,33 +89,37 @@ def test_validation_equals_the_ranking_of_all_items(valid_room, attention):
     assert "hybrid" not in found
 
 
-def test_validation_chooses_the_weight_that_ranks_best(valid_room):
-    config, corpus, catalog, net, batches = valid_room(history__attention="causal", eval__hybrid="-1")
+def test_validation_chooses_the_weights_that_rank_best(valid_room):
+    unset = {"eval__hybrid": "-1", "eval__neighbours": "-1"}
+    config, corpus, catalog, net, batches = valid_room(history__attention="causal", **unset)
     with torch.no_grad():
-        net.item.weight.mul_(20)  # both scores count: log p decides with low weights, h . v with high ones
+        net.item.weight.mul_(20)  # all scores count: log p decides with low weights, h . v with high ones
+    table = Neighbours(catalog.neighbours, torch.ones(41, dtype=torch.bool))
+    v = dense.item_vectors(config, net, catalog, torch.device("cpu"), np.arange(1, 41), "v")
     ndcg = {}
-    for weight in WEIGHTS:
+    for weight, of_neighbours in itertools.product(WEIGHTS, OF_NEIGHBOURS):
         places = []
         for batch in batches:
             h = net.encode(batch["user"])[torch.arange(len(batch["user_idx"])), batch["user"]["eos"]]
-            v = dense.item_vectors(config, net, catalog, torch.device("cpu"), np.arange(1, 41), "v")
-            places += ranks(tiny.log_p_of_all_items(config, net, catalog, batch).sum(-1) + weight * (h @ v.T), batch)
-        ndcg[weight] = ndcg_at_10(places)
+            c = table.of(batch["user"]["item"]).scores(torch.arange(1, 41).repeat(len(h), 1))
+            log_p = tiny.log_p_of_all_items(config, net, catalog, batch).sum(-1)
+            places += ranks(log_p + weight * (h @ v.T + of_neighbours * c), batch)
+        ndcg[weight, of_neighbours] = ndcg_at_10(places)
     best = max(ndcg, key=ndcg.get)
-    assert len(set(ndcg.values())) > 4  # the weight matters
+    assert len(set(ndcg.values())) > 10  # the weights matter
 
     found = validate(config, corpus, catalog, net, torch.device("cpu"), lambda: None)
-    assert found["hybrid"] == best
+    assert (found["hybrid"], found["neighbours"]) == best
     assert found["ndcg@10"] == pytest.approx(ndcg[best])
     for mode in ("generative", "dense"):
         alone = config_module.replace(config, {"eval.mode": mode})
         half = validate(alone, corpus, catalog, net, torch.device("cpu"), lambda: None)
         assert found[f"{mode}_ndcg@10"] == pytest.approx(half["ndcg@10"])
-        assert "hybrid" not in half
+        assert not half.keys() & {"hybrid", "neighbours"}
     worst = min(ndcg, key=ndcg.get)
-    given = config_module.replace(config, {"eval.hybrid": worst})  # one that is set stands
+    given = config_module.replace(config, {"eval.hybrid": worst[0], "eval.neighbours": worst[1]})  # stand, as set
     found = validate(given, corpus, catalog, net, torch.device("cpu"), lambda: None)
-    assert found["hybrid"] == worst
+    assert (found["hybrid"], found["neighbours"]) == worst
     assert found["ndcg@10"] == pytest.approx(ndcg[worst])
 
 
