@@ -63,7 +63,8 @@ def write(folder: Path, neighbours: Neighbours) -> None:
 
 
 def read(folder: Path) -> Neighbours | None:
-    """Of a gid/, memory-mapped; None where it has none."""
+    """Of a gid/, memory-mapped, so that the ranks of a machine share it; None where it has none."""
     if not (folder / ITEMS).exists():
         return None
-    return Neighbours(*(np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (ITEMS, WEIGHTS)))
+    # What copies on write is writable to torch, which warns of what is not.
+    return Neighbours(*(np.load(folder / name, mmap_mode="c", allow_pickle=False) for name in (ITEMS, WEIGHTS)))

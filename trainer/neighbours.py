@@ -12,6 +12,7 @@ Axes in names: B users, L encoder positions, K neighbours of an item, M = L K, N
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,7 +43,7 @@ class Neighbours:
 
     def __init__(self, table: neighbours.Neighbours, may_be_found_I: torch.Tensor):
         device = may_be_found_I.device
-        self._item_IK, self._weight_IK = (torch.from_numpy(part[:]).to(device) for part in table)
+        self._item_IK, self._weight_IK = (torch.from_numpy(np.asarray(part)).to(device) for part in table)
         self._may_be_found_I = may_be_found_I
 
     def of(self, history_BL: torch.Tensor) -> OfUsers:

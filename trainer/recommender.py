@@ -37,7 +37,8 @@ Ranked = tuple[torch.Tensor, torch.Tensor]
 
 
 class Candidates(NamedTuple):
-    """What the parts of the hybrid found, and all scores of all of it; an item may be there more than once."""
+    """What the parts of the hybrid found, beam, search and neighbours side by side, and all scores of all of it; an
+    item may be there more than once."""
 
     generated: Ranked
     near: Ranked
@@ -48,11 +49,13 @@ class Candidates(NamedTuple):
     again_BN: torch.Tensor  # bool: item 0, or one that stands further left as well
 
     def best(self, weight: float, of_neighbours: float, k: int) -> Ranked:
-        """The k best by log p(GID | X_u) + weight (h(X_u) . v_i + of_neighbours c(u, i))."""
-        near_BN = self.near_BN
+        """The k best by log p(GID | X_u) + weight (h(X_u) . v_i + of_neighbours c(u, i)); where neighbours weigh
+        nothing, of what beam and search found."""
         if of_neighbours and self.neighbours_BN is not None:
-            near_BN = near_BN + of_neighbours * self.neighbours_BN
-        score_BN = self.log_p_BN + weight * near_BN
+            score_BN = self.log_p_BN + weight * (self.near_BN + of_neighbours * self.neighbours_BN)
+        else:
+            score_BN = self.log_p_BN + weight * self.near_BN
+            score_BN[:, self.generated[0].shape[1] + self.near[0].shape[1] :] = -torch.inf
         return best_items(self.item_BN, score_BN.masked_fill(self.again_BN, -torch.inf), k)
 
 
