@@ -72,7 +72,8 @@ def test_from_a_log_to_a_table(tmp_path):
     corpus = json.loads((tmp_path / "work" / "corpus" / "manifest.json").read_text())["counts"]
     assert corpus["num_rows_bad"] > 0  # the generated log has dirty rows
     metrics = json.loads((tmp_path / "work" / "eval" / "metrics.json").read_text())
-    models = ["ColaRec", "ColaRec, generative", "ColaRec, dense", *BASELINES]
+    parts = ("without neighbours", "generative", "dense")
+    models = ["ColaRec", *(f"ColaRec, {part}" for part in parts), *BASELINES]
     assert list(metrics["models"]) == models
     for model, values in metrics["models"].items():
         assert f"{values['recall@10']['mean']:.4f}" in output, model

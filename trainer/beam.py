@@ -80,31 +80,45 @@ def gid_log_p(
     v_ID: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """log p of each code of the GIDs of N items for each user, float32 (B, N, l): their sums are what `beam_search`
-    would say of the items, of 0 nothing that means anything.
+    would say of the items.
 
     Args:
-        gid_BNT: int64, the GIDs of the items.
+        item_BN: int64, in 1..I; gid_BNT: int64, their GIDs.
         v_ID: as there.
     """
-    decoder, (batch, count, length) = Decoder(model, states_BLD, mask_BL), gid_BNT.shape
-    x_BND, prefix_BN = model.start_D.expand(batch, 1, -1), torch.zeros_like(item_BN)
-    levels = []
+    decoder, (batch, _, length) = Decoder(model, states_BLD, mask_BL), gid_BNT.shape
+    row_B1, levels = torch.arange(batch, device=item_BN.device)[:, None], []
+    # A prefix that several items of a user share is decoded once. U: those of a level, of which item n has the u-th.
+    x_BUD, prefix_BN, u_BN = model.start_D.expand(batch, 1, -1), torch.zeros_like(item_BN), torch.zeros_like(item_BN)
+    first_BU = u_BN[:, :1]  # an item that has it
     for level in range(length):
-        d_BND, code_BN = decoder.step(x_BND, level), gid_BNT[..., level]
+        d_BUD, code_BN = decoder.step(x_BUD, level), gid_BNT[..., level]
         if level == length - 1 and v_ID is not None:
-            below_BNC = tree.items(tree.parent(item_BN.clamp_min(1)))
-            column_BN = (below_BNC == item_BN[..., None]).int().argmax(-1)
-            log_p_BNC = _leaf_log_p(d_BND.expand(-1, count, -1), below_BNC, v_ID)
-            levels.append(log_p_BNC.gather(-1, column_BN[..., None])[..., 0])
+            below_BUC = tree.items(tree.parent(item_BN).gather(1, first_BU))
+            choice_BN = (below_BUC[row_B1, u_BN] == item_BN[..., None]).int().argmax(-1)
+            log_p_BUC = _leaf_log_p(d_BUD, below_BUC, v_ID)
+        else:
+            logits_BUK = model.code_logits(level, prefix_BN.gather(1, first_BU), d_BUD)
+            log_p_BUC, choice_BN = logits_BUK.float().log_softmax(-1), code_BN
+        levels.append(log_p_BUC[row_B1, u_BN, choice_BN])
+        if level == length - 1:
             break
-        shared_BN = prefix_BN if level else prefix_BN[:, :1]
-        log_p_BNK = model.code_logits(level, shared_BN, d_BND).float().log_softmax(-1).expand(-1, count, -1)
-        levels.append(log_p_BNK.gather(-1, code_BN[..., None])[..., 0])
-        if level == 0:  # one start for all
-            decoder = decoder.select(torch.zeros_like(code_BN))
-        x_BND = model.code_embedding(level, prefix_BN, code_BN)
-        prefix_BN = prefix_BN * tree.branching + code_BN
+        prefix_BN, before_BN, parent_BN = prefix_BN * tree.branching + code_BN, prefix_BN, u_BN
+        first_BU, u_BN = _distinct(prefix_BN)
+        decoder = decoder.select(parent_BN.gather(1, first_BU))
+        x_BUD = model.code_embedding(level, before_BN.gather(1, first_BU), code_BN.gather(1, first_BU))
     return torch.stack(levels, -1)
+
+
+def _distinct(value_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distinct values of each row, at most U: a place of the u-th, int64 (B, U), that of the last one again where a
+    row has fewer; and which of them each value is, int64 (B, N)."""
+    sorted_BN, order_BN = value_BN.sort(dim=1, stable=True)
+    number_BN = F.pad(sorted_BN[:, 1:] != sorted_BN[:, :-1], (1, 0)).cumsum(1)
+    first_BN = order_BN[:, -1:].repeat(1, value_BN.shape[1])
+    first_BN.scatter_(1, number_BN, order_BN)
+    which_BN = torch.empty_like(number_BN).scatter_(1, order_BN, number_BN)
+    return first_BN[:, : int(number_BN.max()) + 1], which_BN
 
 
 def _children_log_p(

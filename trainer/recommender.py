@@ -61,8 +61,10 @@ class Candidates(NamedTuple):
 
 def with_chosen_weights(config: Config, model: Artifact) -> Config:
     """The config with the weights of the hybrid that the model's validation chose, unless it has some of its own."""
-    best = model.counts["best"]  # has none where nothing but GIDs was learned
     unset = [name for name in ("hybrid", "neighbours") if getattr(config.eval, name) < 0]
+    if not unset:
+        return config
+    best = model.counts["best"]  # has none where nothing but GIDs was learned
     chosen = dataclasses.replace(config.eval, **{name: best.get(name, 0.0) for name in unset})
     return dataclasses.replace(config, eval=chosen)
 
@@ -188,6 +190,7 @@ class Recommender:
     @torch.no_grad()
     def log_p(self, states_BLD: torch.Tensor, mask_BL: torch.Tensor, item_BN: torch.Tensor) -> torch.Tensor:
         """log p of each code of the GIDs of N items for each user, float32 (B, N, l); of item 0 meaningless."""
+        item_BN = item_BN.clamp_min(1)
         gid_BNT = self._gids[item_BN].long()
         return gid_log_p(self.model, self._tree, states_BLD, mask_BL, item_BN, gid_BNT, self._v_ID)
 
