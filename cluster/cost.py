@@ -314,8 +314,10 @@ def rank_flops_per_user(config: Config, scale: Scale, beams: int) -> float:
     if config.eval.exhaustive or beams >= scale.items:
         return decode_flops(shape, length, int(scale.items))
     flops = decode_flops(shape, length, beams)
-    if ranks_by == "hybrid":  # log p of as many near items, and of as many neighbours, which share the first level
-        flops += code_flops(shape, length, 1 + beams * (1 + _has_neighbours(config)) * (shape.gid_length - 1))
+    if ranks_by == "hybrid":  # log p of as many near items, and of as many neighbours; a prefix is decoded once
+        others = beams * (1 + _has_neighbours(config))
+        codes = sum(min(others, shape.branching**level) for level in range(shape.gid_length))
+        flops += code_flops(shape, length, codes)
     return flops
 
 
