@@ -79,7 +79,9 @@ def main(argv: list[str]) -> None:
         )
         tracker.metrics({name: value for name, value in counts.items() if isinstance(value, (int, float))})
         write(output, made, items)
-        if config.gid.neighbours and config.cf.method != "als":  # whose logs are too large to be held here
+        if config.gid.neighbours and config.cf.method == "als":
+            progress("no neighbours: they are found in memory, and cf.method = 'als' is for logs that it cannot hold")
+        elif config.gid.neighbours:
             pairs = read_interactions(corpus.path, TRAIN)
             found = neighbours.find(*pairs, corpus.counts["num_users"], items.num_items, config.gid.neighbours)
             neighbours.write(output.path, found)
