@@ -182,6 +182,8 @@ def main() -> None:
             rows = measure(case, args.users, device, args.repeats, peer=not what)
             print(json.dumps(rows[-1]), flush=True)
             merge("decode", rows, KEY, markdown)
+            if rows[-1].get("differ", 0) > 0.1 * args.users:  # more than rounding does
+                raise AssertionError(f"{rows[-1]['differ']} of {args.users} lists differ")
     print((RESULTS / "decode.md").read_text())
 
 

@@ -152,18 +152,18 @@ class Recommender:
         user_BD = dense.user_vectors(self.model, states_BLD, user)
         if self._ranks_by == "dense":
             return _found(self._index.search(user_BD, k, *seen))
-        weights = self.config.eval.hybrid, self.config.eval.neighbours
+        of_neighbours = [0.0, self.config.eval.neighbours] if self._neighbours else [0.0]
         if self._exhaustive:
             near = self._index.search(user_BD, k, *seen)
-            generated, without, best = self._rank_all(states_BLD, user, user_BD, seen, k)
+            generated, *best = self._rank_all(states_BLD, user, user_BD, seen, k)
         else:
             found = self._candidates(states_BLD, user, user_BD, seen, k)
             generated, near = found.generated, found.near
-            best, without = found.best(*weights, k), found.best(weights[0], 0.0, k)
+            best = [found.best(self.config.eval.hybrid, weight, k) for weight in of_neighbours]
         parts = {"generative": generated, "dense": near}
         if self._neighbours:
-            parts["without_neighbours"] = without
-        return _found(best) | {name: part[0][:, :k].int() for name, part in parts.items()}
+            parts["without_neighbours"] = best[0]
+        return _found(best[-1]) | {name: part[0][:, :k].int() for name, part in parts.items()}
 
     @torch.no_grad()
     def score(self, batch: dict, item_idx_BN: torch.Tensor) -> torch.Tensor:
@@ -232,19 +232,20 @@ class Recommender:
     def _rank_all(
         self, states_BLD: torch.Tensor, user: dict, user_BD: torch.Tensor | None, seen: list, k: int
     ) -> list[Ranked]:
-        """The best of all items by log p, and, with user_BD, by the hybrid's sum without neighbours and with them."""
+        """The best of all items by log p, and, with user_BD, by the hybrid's sum without neighbours and, if there are
+        any, with them."""
         none = torch.zeros(len(states_BLD), 0, dtype=torch.long, device=self.device), states_BLD[:, 0, :0].float()
-        best = [none] if user_BD is None else [none, none, none]
+        best = [none] * (1 if user_BD is None else 2 + (self._neighbours is not None))
         of_users = self._neighbours.of(user["item"]) if self._neighbours else None
         weight, of_neighbours = self.config.eval.hybrid, self.config.eval.neighbours
         for item_C, log_p_BC in all_items(self.model, self._tree, states_BLD, user["mask"], v_ID=self._v_ID):
             scores = [log_p_BC]
             if user_BD is not None:
                 near_BC = user_BD @ self._index.vectors(item_C).T
-                scores += [log_p_BC + weight * near_BC] * 2
+                scores.append(log_p_BC + weight * near_BC)
                 if of_users:
                     c_BC = of_users.scores(item_C.repeat(len(user_BD), 1))
-                    scores[2] = log_p_BC + weight * (near_BC + of_neighbours * c_BC)
+                    scores.append(log_p_BC + weight * (near_BC + of_neighbours * c_BC))
             for i, score_BC in enumerate(scores):
                 item_BN = torch.cat([best[i][0], item_C.expand_as(score_BC)], 1)
                 score_BN = torch.cat([best[i][1], score_BC], 1)
