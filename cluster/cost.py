@@ -365,13 +365,15 @@ def table_bytes(config: Config, scale: Scale, ranks: int, bf16: bool) -> float:
 
 
 def dense_bytes_per_weight(config: Config, ranks: int, bf16: bool) -> float:
-    """Weights, gradients, and AdamW's moments (and in bf16 the fp32 weights), over the ranks as the ZeRO stage says."""
+    """Weights, gradients, and AdamW's moments (and in bf16 the fp32 weights, and the averages that `train.ema` keeps),
+    over the ranks as the ZeRO stage says; and the copy that is validated where the weights are in parts or averaged."""
     weights, gradients, state = (2, 2, 12) if bf16 else (4, 4, 8)
-    stage = config.train.zero_stage
+    stage, averages = config.train.zero_stage, config.train.ema > 0
     return (
         weights / (ranks if stage >= 3 else 1)
         + gradients / (ranks if stage >= 2 else 1)
-        + state / (ranks if stage >= 1 else 1)
+        + (state + 4 * averages) / (ranks if stage >= 1 else 1)
+        + 4 * (averages or stage == 3)
     )
 
 

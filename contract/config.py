@@ -63,6 +63,8 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
         values[key] = _checked(key, _parsed(key, text, types_[key][0]), *types_[key])
     values["work"] = values.get("work") or f"runs/{values['name']}"
     config = _build(Config, values)
+    if "history.order" not in values and not config.etl.in_time_order:
+        config = replace(config, {"history.order": "set"})
     _check(config)
     return config
 

@@ -92,7 +92,7 @@ class Etl:
         "leave_one_out",
         "'leave_one_out': a user's last event is test, the one before valid; 'temporal': the last etl.test_days are "
         "test, the etl.valid_days before them valid; 'otto': the same days, as OTTO's sessions are split; 'random': "
-        "by etl.split_shares of each user (then history.order = 'set'); 'given': as the input says",
+        "by etl.split_shares of each user; 'given': as the input says",
         ("leave_one_out", "temporal", "otto", "random", "given"),
     )
     test_days: float = _opt(7.0, "days before the log's last event that are test ('temporal', 'otto')", low=0)
@@ -105,6 +105,11 @@ class Etl:
     max_text: int = _opt(2000, "characters kept of an item's text", low=1)
     max_users_per_item: int = _opt(64, "train users sampled per item for the user slots", low=1)
     num_shards: int = _opt(16, "WebDataset shards per split; the tasks that write them can be as many at once", low=1)
+
+    @property
+    def in_time_order(self) -> bool:
+        """Train is earlier than valid, and valid than test: not so in a random split, one that is given included."""
+        return self.split != "random" and (self.split != "given" or self.valid_in_history)
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,8 @@ class History:
     order: str = _opt(
         "time",
         "'time': what came before the target, in time order, with recency, time gap and event type embedded; "
-        "'set': a sample of the user's other items (the paper), for logs whose order means nothing",
+        "'set': a sample of the user's other items (the paper). When nothing is said, 'set' where etl.split is "
+        "'random', or 'given' with etl.valid_in_history = false, as the order of such a split tells nothing",
         ("time", "set"),
     )
     encoding: str = _opt(
@@ -241,8 +247,8 @@ class Model:
 class Loss:
     """Weights of the losses; 0 switches one off and saves its forward passes."""
 
-    rec: float = _opt(0.5, "cross-entropy of the target's GID given the user", low=0)
-    index: float = _opt(0.1, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
+    rec: float = _opt(0.1, "cross-entropy of the target's GID given the user", low=0)
+    index: float = _opt(0.02, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
     bpr: float = _opt(0.0, "the user ranks the positive above the negative item (the paper's ranking loss)", low=0)
     softmax: float = _opt(
         1.0,
@@ -282,8 +288,8 @@ class Train:
     warmup: float = _opt(0.05, "share of the steps with a rising learning rate", low=0, high=1)
     clip: float = _opt(1.0, "gradient norm, at most", low=1e-9)
     ema: float = _opt(
-        0.0,
-        "decay per step of an average of the weights, such as 0.999, that is validated and kept instead; 0: none",
+        0.999,
+        "decay per step of an average of the weights that is validated and kept instead of them; 0: none",
         low=0,
         high=0.999999,
     )

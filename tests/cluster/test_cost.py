@@ -176,7 +176,7 @@ def test_tables(optimizer, factor):
     for measured in cost.measured("tables")["cases"]:
         if measured["optimizer"] == optimizer and "rss_bytes" in measured:
             model = {"model.d_model": str(measured["width"]), "model.item_table": measured["table"]}
-            settings = model | {"train.table_optimizer": optimizer}
+            settings = model | {"train.table_optimizer": optimizer, "train.ema": "0"}
             config = config_module.load("configs/phone.toml", settings)
             scale = cost.Scale(1e9, 1e6, measured["ids"], 1.0, 30)
             assert within(factor, cost.table_bytes(config, scale, 1, bf16=False), measured["rss_bytes"])

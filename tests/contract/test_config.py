@@ -32,6 +32,22 @@ def test_name_and_work_follow_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ("", "time"),
+        ("[etl]\nsplit = 'random'", "set"),
+        ("[etl]\nsplit = 'given'", "time"),
+        ("[etl]\nsplit = 'given'\nvalid_in_history = false", "set"),
+        ("[etl]\nsplit = 'random'\n[history]\norder = 'time'", "time"),
+    ],
+)
+def test_histories_are_sets_where_the_split_is_random(tmp_path, text, order):
+    loaded = config.load(write(tmp_path, text))
+    assert loaded.history.order == order
+    assert config.load(write(tmp_path, config.to_toml(loaded))) == loaded
+
+
+@pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
         ("[train]\nlearning = 1", {}, "unknown setting 'train.learning'"),
@@ -146,7 +162,7 @@ def test_a_changed_config_is_checked_and_leaves_the_other_alone(tmp_path):
     loaded = config.load(write(tmp_path, "seed = 5"))
     changed = config.replace(loaded, {"loss.index": 0.0, "name": "other"})
     assert (changed.loss.index, changed.name, changed.seed) == (0.0, "other", 5)
-    assert (loaded.loss.index, loaded.name) == (0.1, "small")
+    assert (loaded.loss.index, loaded.name) == (0.02, "small")
     with pytest.raises(ValueError, match="the encoder would know no item apart"):
         config.replace(loaded, {"model.item_table": "none", "history.content": False})
 
