@@ -218,9 +218,9 @@ def table_rows(config: Config, scale: Scale) -> dict[str, float]:
 
 
 def rows_of_an_epoch(config: Config, scale: Scale) -> float:
-    """What `train.global_batch` counts: users with causal attention, otherwise targets."""
+    """What `train.global_batch` counts: windows of users with causal attention, otherwise targets."""
     if config.history.attention == "causal":
-        return scale.users
+        return max(scale.users, (train_events(config, scale) - scale.users) / config.history.train_items)
     first = scale.users if config.history.order == "time" else 0  # a user's first event has nothing before it
     return max(1.0, train_events(config, scale) - first)
 

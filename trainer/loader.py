@@ -47,11 +47,12 @@ def shard_paths(corpus: Artifact, split: str) -> list[str]:
 
 
 def steps_per_epoch(config: Config, corpus: Artifact) -> int:
-    """Optimizer steps in which about every training target is seen once; with causal attention, every user."""
+    """Optimizer steps in which about every training target is seen once. With causal attention these are windows: one
+    for each user, more where the users have more events on average than a window holds."""
     shards = corpus.manifest["shards"]["train"]
     num_events, num_users = (sum(shard[count] for shard in shards) for count in ("num_events", "num_users"))
     if config.history.attention == "causal":
-        num_targets = num_users
+        num_targets = max(num_users, (num_events - num_users) // config.history.train_items)
     else:  # in order 'time' a user's first event has nothing before it
         num_targets = num_events - (num_users if config.history.order == "time" else 0)
     return max(1, num_targets // config.train.global_batch)

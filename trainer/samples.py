@@ -127,13 +127,18 @@ def train_targets(config: Config, block: Block, rng: np.random.Generator) -> np.
     """int64 (T,): events that can be predicted from at least one other item of their user.
 
     In order 'time' these are all but a user's first; in order 'set' all, for users with two events and more. With
-    causal attention, for which a set is `in_random_order`, they are one of each user: the last of a window, whose other
-    events are targets as well; windows of users with more events than a window holds are drawn.
+    causal attention, for which a set is `in_random_order`, they are the last events of windows, whose other events are
+    targets as well: one window of each user, and of a user with more events than a window holds so many that they could
+    hold all, drawn one from each part of the history.
     """
     lengths = block.item_idx.lengths
     if config.history.attention == "causal":
         begin, end = block.item_idx.offsets[:-1][lengths > 1], block.item_idx.offsets[1:][lengths > 1]
-        return rng.integers(np.minimum(begin + config.history.train_items, end - 1), end)
+        lowest = np.minimum(begin + config.history.train_items, end - 1)
+        num_windows = -(-(end - begin - 1) // config.history.train_items)
+        row, number = np.repeat(np.arange(len(begin)), num_windows), ragged_arange(num_windows)
+        share = (number + rng.random(len(row))) / num_windows[row]
+        return np.minimum(lowest[row] + (share * (end - lowest)[row]).astype(np.int64), end[row] - 1)
     if config.history.order == "time":
         eligible = np.arange(len(block.item_idx.values)) > np.repeat(block.item_idx.offsets[:-1], lengths)
     else:

@@ -150,3 +150,19 @@ def test_missing_shard_is_named(room):
     for shard in (config.work_dir / "corpus" / "train-00009.tar", "memory://nowhere/train-00000.tar"):
         with pytest.raises(FileNotFoundError, match=r"shard .*/train-0000\d\.tar is missing; build"):
             samples.read_shard(shard)
+
+
+def test_causal_windows_of_a_long_history_hold_all_of_it_in_the_end(room):
+    config, _, block, users = room(history__attention="causal", history__train_items="4")
+    met = [set() for _ in users]
+    for seed in range(30):
+        ends = samples.train_targets(config, block, np.random.default_rng(seed))
+        for row, user in enumerate(users.values()):
+            begin = block.item_idx.offsets[row]
+            mine = ends[(ends >= begin) & (ends < begin + len(user))] - begin
+            assert len(mine) == -(-(len(user) - 1) // 4)
+            assert (np.diff(mine) > 0).all()
+            assert len(user) < 2 or min(4, len(user) - 1) <= mine[0] <= mine[-1] < len(user)
+            met[row] |= {target for end in mine for target in range(max(1, end - 3), end + 1)}
+    for targets, user in zip(met, users.values(), strict=True):
+        assert targets == set(range(1, len(user)))
