@@ -7,6 +7,7 @@ CPU seconds on one thread. LightGCN: forward, backward and Adam's step on random
 the trainer's own loop with the config as it is, and in variants. Decoding: encoder and beam search for users of
 <work>/corpus by a model that has not been trained, which takes as long; and h(X_i) of items. Hybrid: all that ranks the
 items of a user, likewise. Vectors, all random: exact search for the nearest items, and the naming of codes (gid.align).
+Neighbours, of random interactions: in memory, and by Spark, with all of its processes (nothing else should run there).
 Writes bench/results/scale.json; rows of other data and shapes that are there already are kept.
 """
 
@@ -14,18 +15,25 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 import tracemalloc
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
+from bench.etl import cpu_seconds, process_tree
 from bench.train import SHAPES, measure_ours
 from contract import config as config_module
+from contract import schema
 from contract.artifacts import git_revision, open_artifact
 from contract.settings import Cf, Config
+from contract.spark import spark_session
+from gid import cooccurrence, neighbours
 from gid.align import align_codes
 from gid.lightgcn import Adjacency, bpr_loss
 from gid.tree import GidTree
@@ -46,6 +54,7 @@ GRAPHS = [
 ]
 CASES = [("tiny", 100, 256), ("tiny", 20, 512), ("small", 100, 128), ("small", 20, 128)]  # shape, beams, users
 STEPS, ITEMS = 5, 1024
+PARTS = ("lightgcn", "train", "decode", "hybrid", "vectors", "neighbours")
 # Settings of training beside the config's own; steps of each.
 FULL = {"history.attention": "full", "history.user_slots": "2", "loss.contrastive": "0.1"}
 TRAININGS = {"as it is": {}, "large batch": {"train.global_batch": "1024"}, "full": FULL}
@@ -86,6 +95,38 @@ def search_row(num_items: int, num_users: int = 256, width: int = 64, count: int
     index.search(torch.from_numpy(users), count)
     seconds = time.process_time() - begin
     return {"what": "search", "items": num_items, "users": num_users, "width": width, "cpu_seconds": seconds}
+
+
+def neighbours_rows(num_users: int, num_items: int, mean: int) -> list[dict]:
+    """CPU seconds of finding 100 neighbours of each item, in memory and by Spark; items have a Zipf popularity.
+    `entries`, what Spark multiplies: for each user that is drawn for an item, the items of the user."""
+    rng = np.random.default_rng(0)
+    popularity = 1 / np.arange(10, num_items + 10)
+    item = rng.choice(num_items, num_users * mean, p=popularity / popularity.sum())
+    pair = np.unique(rng.integers(num_users, size=len(item)) * num_items + item)
+    user, item = pair // num_items + 1, pair % num_items + 1
+    row = {"what": "neighbours", "users": num_users, "items": num_items, "events": len(user)}
+    begin = time.process_time()
+    neighbours.find(user, item, num_users, num_items, 100)
+    rows = [row | {"who": "memory", "cpu_seconds": time.process_time() - begin}]
+    of_user, of_item = np.bincount(user), np.bincount(item)
+    share = np.minimum(1, cooccurrence.MAX_USERS / np.maximum(of_item, 1))[item]
+    entries = float((share * np.minimum(of_user, cooccurrence.MAX_ITEMS)[user]).sum())
+    with tempfile.TemporaryDirectory() as folder, spark_session("bench", "contract", "gid") as spark:
+        corpus = Path(folder)
+        (corpus / "interactions").mkdir()
+        zeros = np.zeros(len(user), np.int8)
+        columns = dict(zip(schema.INTERACTIONS.names, [user, item, zeros, zeros, zeros + schema.TRAIN], strict=True))
+        table = pa.table(columns, schema.INTERACTIONS)
+        pq.write_table(table, corpus / "interactions" / "part-0.parquet", row_group_size=1 << 18)
+        before = _tree_seconds()
+        cooccurrence.write(spark, corpus, num_items, 100, corpus)
+        seconds = _tree_seconds() - before
+    return [*rows, row | {"who": "spark", "entries": entries, "cpu_seconds": seconds}]
+
+
+def _tree_seconds() -> float:
+    return sum(map(cpu_seconds, process_tree(os.getpid())))
 
 
 def align_row(num_items: int, branching: int = 32, length: int = 4, width: int = 64) -> dict:
@@ -185,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--work", required=True, help="folder with corpus/ and gid/")
-    parser.add_argument("--only", choices=["lightgcn", "train", "decode", "hybrid", "vectors"], help="one of these")
+    parser.add_argument("--only", choices=PARTS, help="one of these")
     args = parser.parse_args()
     rows = []
     if args.only in (None, "lightgcn"):
@@ -202,6 +243,8 @@ def main() -> None:
         )
     if args.only in (None, "vectors"):
         rows += [search_row(1_000_000), align_row(300_000), align_row(100_000)]
+    if args.only in (None, "neighbours"):
+        rows += neighbours_rows(200_000, 20_000, 20)
     save(rows)
 
 
@@ -219,6 +262,7 @@ def _key(row: dict) -> tuple[str, ...]:
     names |= {
         "lightgcn step": ("users", "items", "events"),
         "search": ("items",),
+        "neighbours": ("who", "users", "items"),
         "align": ("items",),
         "hybrid": ("data",),
     }

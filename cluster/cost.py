@@ -17,6 +17,7 @@ import torch
 
 from contract import config as config_module
 from contract.settings import Cf, Config
+from gid.cooccurrence import MAX_ITEMS, MAX_USERS
 from gid.hierarchy import gid_length
 from gid.lightgcn import memory_need
 from trainer.flops import decoder_flops, encoder_flops, step_flops
@@ -139,6 +140,24 @@ def als_flops(users: float, items: float, events: float, cf: Cf) -> float:
 def als_driver_bytes(users: float, items: float, cf: Cf) -> float:
     """docs/gid.md: the process that starts it holds the result twice."""
     return 2 * 4 * (users + items) * cf.dim
+
+
+@functools.cache
+def _neighbours() -> dict[str, dict]:
+    return {row["who"]: row for row in measured("scale") if row["what"] == "neighbours"}
+
+
+def neighbour_entries(users: float, items: float, events: float) -> float:
+    """What gid/cooccurrence.py multiplies: for each pair that it draws of an item and a user, the items of the user;
+    as if all had equally many."""
+    return min(events, items * MAX_USERS) * min(events / users, MAX_ITEMS)
+
+
+def neighbours_cpu_seconds(users: float, items: float, events: float, cf: Cf) -> float:
+    """Linear in the entries: the rows of bench/results/scale.json, in memory and by Spark."""
+    row = _neighbours()["spark" if cf.method == "als" else "memory"]
+    entries = neighbour_entries(users, items, events) if cf.method == "als" else events * events / users
+    return row["cpu_seconds"] * entries / _neighbours()["spark"]["entries"]
 
 
 @functools.cache
@@ -322,7 +341,7 @@ def rank_flops_per_user(config: Config, scale: Scale, beams: int) -> float:
 
 
 def _has_neighbours(config: Config) -> bool:
-    return bool(config.gid.neighbours and config.eval.neighbours) and config.cf.method != "als"
+    return bool(config.gid.neighbours and config.eval.neighbours)
 
 
 def search_flops(config: Config, scale: Scale, users: float) -> float:

@@ -182,6 +182,32 @@ def cf(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     )
 
 
+def neighbours(config: Config, scale: cost.Scale, machines: Machines) -> Row:
+    sizes = scale.users, scale.items, cost.train_events(config, scale)
+    cpu = cost.neighbours_cpu_seconds(*sizes, config.cf) * bool(config.gid.neighbours)
+    spreads = config.cf.method == "als"
+    seconds, shuffle = cpu / (machines.all_cores if spreads else 1), 8 * cost.neighbour_entries(*sizes) * spreads
+    table = 8 * config.gid.neighbours * scale.items
+    warnings = []
+    if table > machines.node_bytes / 4:
+        warnings.append(
+            f"the table is {size(table)}, which each machine that ranks maps; set gid.neighbours = "
+            f"{max(10, int(config.gid.neighbours * machines.node_bytes / 4 / table))}, or 0"
+        )
+    return Row(
+        "gid: neighbours",
+        f"{hours(cpu)} CPU",
+        seconds,
+        f"{machines.nodes} x {machines.cores} cores" if spreads else "1 core",
+        f"{size(table)} on disk",
+        "computed",
+        machines.nodes_dollars(seconds, machines.nodes if spreads else 1),
+        {"cpu_seconds": cpu, "shuffle_bytes": shuffle, "bytes": table},
+        [f"shuffle {size(shuffle / machines.nodes)} of local disk a machine"] if shuffle else [],
+        warnings,
+    )
+
+
 def tree(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     cpu = cost.tree_cpu_seconds(scale.items, config.cf.dim)
     seconds = cost.tree_seconds(scale.items, config.cf.dim, machines.cores)
@@ -433,7 +459,7 @@ def evaluate(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     )
 
 
-STAGES: list[Callable[[Config, cost.Scale, Machines], Row]] = [etl, cf, tree, train, evaluate]
+STAGES: list[Callable[[Config, cost.Scale, Machines], Row]] = [etl, cf, neighbours, tree, train, evaluate]
 
 
 def basis(amount: float, stage: str) -> str:

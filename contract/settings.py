@@ -164,7 +164,7 @@ class Gid:
     neighbours: int = _opt(
         100,
         "items kept as neighbours of each item, those that the same people take, for the ranking (eval.neighbours); "
-        "0: none. Not found with cf.method 'als'",
+        "0: none",
         low=0,
     )
     rebuild_share: float = _opt(

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pyspark.ml.recommendation import ALS
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from contract.schema import TRAIN, VALID, read_interactions
 from contract.settings import Cf
@@ -21,7 +24,9 @@ CHECKPOINT_INTERVAL = 3
 CHECKED_USERS = 100_000  # users, at most, that the valid Recall@20 is the mean of
 
 
-def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int, scratch: Path) -> Embeddings:
+def fit(
+    spark: SparkSession, corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int, scratch: Path
+) -> Embeddings:
     """Factors of the train split of a corpus; their inner product is the score.
 
     Args:
@@ -31,14 +36,8 @@ def fit(corpus: Path, num_users: int, num_items: int, cf: Cf, seed: int, scratch
     Raises:
         ValueError: there are no train interactions.
     """
-    from pyspark.ml.recommendation import ALS
-    from pyspark.sql import functions as F
-
-    from contract.spark import spark_session
-
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        spark = stack.enter_context(spark_session("colarec gid"))
         spark.sparkContext.setCheckpointDir(scratch.absolute().as_uri())
         pairs = spark.read.parquet((corpus / "interactions").absolute().as_uri()).where(F.col("split") == TRAIN)
         pairs = pairs.select(F.col("user_idx").cast("int"), "item_idx", F.lit(1.0).alias("seen")).distinct()

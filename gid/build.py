@@ -31,7 +31,7 @@ from contract.cli import Progress, parse, run, show_plan
 from contract.schema import GIDS_OF_ITEMS, TRAIN, VALID, Items, read_interactions, read_items
 from contract.settings import Config
 from contract.tracking import Run, track
-from gid import als, cold, content, lightgcn, neighbours
+from gid import cold, content, lightgcn, neighbours
 from gid.align import align_codes
 from gid.extend import Grown, grow
 from gid.hierarchy import build_tree, check_room, gid_length, random_tree
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         check_room(items.num_items, config.gid.branching, length)
     with stage_output(config, "gid") as output, track(config, "gid") as tracker:
         if older:
-            made = extended(config, corpus, items, older, progress)
+            made = extended(config, corpus, items, older, output, progress)
         else:
             made = built(config, corpus, items, length, output, progress, tracker)
         counts = {
@@ -79,13 +79,6 @@ def main(argv: list[str]) -> None:
         )
         tracker.metrics({name: value for name, value in counts.items() if isinstance(value, (int, float))})
         write(output, made, items)
-        if config.gid.neighbours and config.cf.method == "als":
-            progress("no neighbours: they are found in memory, and cf.method = 'als' is for logs that it cannot hold")
-        elif config.gid.neighbours:
-            pairs = read_interactions(corpus.path, TRAIN)
-            found = neighbours.find(*pairs, corpus.counts["num_users"], items.num_items, config.gid.neighbours)
-            neighbours.write(output.path, found)
-            progress(f"up to {config.gid.neighbours} neighbours of each item")
         write_report(output.path / "report.html", config, corpus.path, made.gids, made.tree[1:], counts)
         tracker.artifact(output.path / "report.html")
         output.commit(counts, {"corpus": corpus.digest})
@@ -96,7 +89,7 @@ def built(
     config: Config, corpus: Artifact, items: Items, length: int, output: Output, progress: Progress, tracker: Run
 ) -> Made:
     """A tree of this corpus alone."""
-    embeddings = embed(config, corpus, items.num_items, output, progress, tracker)
+    embeddings = from_train(config, corpus, items.num_items, output, progress, tracker)
     is_cold = ~embeddings.items[1:].any(axis=1)
     if is_cold.all():
         raise ValueError("no item has an embedding: the corpus has no train interactions")
@@ -118,15 +111,22 @@ def built(
     return Made(gids, embeddings.items, embeddings.users, tree, counts)
 
 
-def embed(
+def from_train(
     config: Config, corpus: Artifact, num_items: int, output: Output, progress: Progress, tracker: Run
 ) -> lightgcn.Embeddings:
-    """Embeddings by cf.method; zeros for what train does not know."""
-    num_users = corpus.counts["num_users"]
+    """Embeddings by cf.method, zeros for what train does not know; writes the neighbours, made of the same pairs."""
+    num_users, count = corpus.counts["num_users"], config.gid.neighbours
     progress(f"{num_users} users, {num_items} items, {corpus.counts.get('num_train', 'some')} train interactions")
     if config.cf.method == "als":
-        found = als.fit(corpus.path, num_users, num_items, config.cf, config.seed, output.path / "als")
-        progress(f"als: valid recall@20 {found.valid_recall:.4f}")
+        from contract.spark import spark_session  # here: LightGCN needs no Spark
+        from gid import als, cooccurrence
+
+        with spark_session("colarec gid", "contract", "gid") as spark:
+            found = als.fit(spark, corpus.path, num_users, num_items, config.cf, config.seed, output.path / "als")
+            progress(f"als: valid recall@20 {found.valid_recall:.4f}")
+            if count:
+                cooccurrence.write(spark, corpus.path, num_items, count, output.path)
+                progress(f"up to {count} neighbours of each item")
         return found
 
     def report(epoch: int, loss: float, recall: float) -> None:
@@ -134,6 +134,9 @@ def embed(
         tracker.metrics({"lightgcn/loss": loss, "lightgcn/valid_recall@20": recall}, step=epoch)
 
     train, valid = read_interactions(corpus.path, TRAIN), read_interactions(corpus.path, VALID)
+    if count:
+        neighbours.write(output.path, neighbours.find(*train, num_users, num_items, count))
+        progress(f"up to {count} neighbours of each item")
     return lightgcn.fit(train, valid, num_users, num_items, config.cf, config.seed, report)
 
 
@@ -147,11 +150,16 @@ def tree_embeddings(config: Config, cf: np.ndarray, items: Items) -> np.ndarray:
     return np.concatenate([np.zeros((1, rows.shape[1]), np.float32), rows])
 
 
-def extended(config: Config, corpus: Artifact, items: Items, older: Artifact, progress: Progress) -> Made:
-    """The tree of an older corpus with the items of this one."""
+def extended(
+    config: Config, corpus: Artifact, items: Items, older: Artifact, output: Output, progress: Progress
+) -> Made:
+    """The tree of an older corpus with the items of this one. Writes the neighbours."""
     grown: Grown = grow(config, older.path, items)
     pairs = read_interactions(corpus.path, TRAIN)
-    users = mean_of_items(pairs, grown.items, corpus.counts["num_users"])
+    num_users, count = corpus.counts["num_users"], config.gid.neighbours
+    if count:
+        neighbours.write(output.path, neighbours.find(*pairs, num_users, items.num_items, count))
+    users = mean_of_items(pairs, grown.items, num_users)
     share = grown.num_displaced / max(grown.num_added, 1)
     progress(
         f"{grown.num_kept} items kept their GID, {grown.num_added} were added, {grown.num_removed} are gone; "

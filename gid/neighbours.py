@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 
 ITEMS, WEIGHTS = "neighbours.npy", "neighbour_weights.npy"
 # Of BM25; what the baseline item-kNN chooses on the valid users of Phone.
@@ -26,25 +25,27 @@ class Neighbours(NamedTuple):
 def find(user: np.ndarray, item: np.ndarray, num_users: int, num_items: int, count: int) -> Neighbours:
     """The `count` most similar items of each by `similarity`, of pairs of user_idx and item_idx, int (N,)."""
     train = sp.csr_matrix((np.ones(len(user)), (user, item)), shape=(num_users + 1, num_items + 1))
-    found = similarity(train, count, K1, B).tocsr()
+    found = similarity(train, count + 1, K1, B)  # an item is among the most similar to itself, as a rule
     row = np.repeat(np.arange(num_items + 1), np.diff(found.indptr))
     order = np.lexsort((found.indices, -found.data, row))  # heaviest first, ties by item_idx
     column = np.arange(len(row)) - found.indptr[row]
+    row, column, order = (part[column < count] for part in (row, column, order))
     item_IK, weight_IK = np.zeros((num_items + 1, count), np.int32), np.zeros((num_items + 1, count), np.float32)
     item_IK[row, column], weight_IK[row, column] = found.indices[order], found.data[order]
     return Neighbours(item_IK, weight_IK)
 
 
 def similarity(train: sp.csr_matrix, K: int, K1: float, B: float) -> sp.csr_matrix:
-    """float64 (I + 1, I + 1): s(j, i) of the K items i most similar to j, by BM25 of the package `implicit`.
+    """float64 (I + 1, I + 1): s(j, i) of the K items i most similar to j, j left out, by BM25 of `implicit`.
 
         w(u, i) = (K1 + 1) / (K1 (1 - B + B |U_i| / mean |U|) + 1) * log(items / (1 + |I_u|))
         s(j, i) = sum over u of w(u, j) w(u, i)
 
     that is, an item is a document, its users are the words: those of many items say little, and B takes from the
-    weight of popular items. An item is not its own neighbour.
+    weight of popular items.
     """
-    from implicit.nearest_neighbours import BM25Recommender  # here: who reads the tables need not have it
+    import torch  # here: who reads the tables need not have these
+    from implicit.nearest_neighbours import BM25Recommender
     from implicit.utils import ParameterWarning
 
     model = BM25Recommender(K=K, K1=K1, B=B, num_threads=torch.get_num_threads())
@@ -55,6 +56,13 @@ def similarity(train: sp.csr_matrix, K: int, K1: float, B: float) -> sp.csr_matr
     found.setdiag(0)
     found.eliminate_zeros()
     return found
+
+
+def create(folder: Path, num_items: int, count: int) -> Neighbours:
+    """Tables of zeros whose files are in `folder`: what is written to them is written there."""
+    parts = (ITEMS, np.int32), (WEIGHTS, np.float32)
+    shape = num_items + 1, count
+    return Neighbours(*(np.lib.format.open_memmap(folder / name, "w+", dtype, shape) for name, dtype in parts))
 
 
 def write(folder: Path, neighbours: Neighbours) -> None:

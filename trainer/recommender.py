@@ -123,7 +123,7 @@ class Recommender:
         if self._ranks_by == "hybrid" and config.eval.neighbours > 0 and not catalog.neighbours:
             raise ValueError(
                 f"eval.neighbours = {config.eval.neighbours:g}, but gid/ has no neighbours: it was built without them "
-                "(gid.neighbours = 0, cf.method = 'als', or an older version); run: python gid/build.py, or set "
+                "(gid.neighbours = 0, or an older version); run: python gid/build.py, or set "
                 "--eval.neighbours=0"
             )
         if self._ranks_by == "hybrid" and config.eval.neighbours and catalog.neighbours:

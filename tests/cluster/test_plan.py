@@ -18,7 +18,7 @@ def test_a_table_for_a_terminal(capsys):
     plan.main([*HUGE, "--price", "3", "--node-price", "4"])
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= plan.WIDTH
-    for stage in ("etl", "gid: cf", "gid: tree", "train", "eval"):
+    for stage in ("etl", "gid: cf", "gid: neighbours", "gid: tree", "train", "eval"):
         assert any(line.startswith(f"{stage} ") for line in text.splitlines()), stage
     (train,) = (line for line in text.splitlines() if line.startswith("train "))
     assert train.endswith("assumed")  # nothing of a GPU was measured

@@ -5,6 +5,7 @@ import pytest
 
 from contract import schema
 from contract.settings import Cf
+from contract.spark import spark_session
 from gid import als
 
 
@@ -14,8 +15,15 @@ def write_interactions(corpus, rows):
     pq.write_table(pa.table(columns, schema.INTERACTIONS), corpus / "interactions" / "part-0.parquet")
 
 
-def test_factors_solve_the_normal_equations_and_tell_tastes_apart(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+@pytest.fixture(scope="module")
+def spark():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+        with spark_session("test") as session:
+            yield session
+
+
+def test_factors_solve_the_normal_equations_and_tell_tastes_apart(spark, tmp_path):
     rng = np.random.default_rng(0)
     rows = []
     for u in range(1, 31):
@@ -23,7 +31,9 @@ def test_factors_solve_the_normal_equations_and_tell_tastes_apart(tmp_path, monk
         rows += [(u, int(i), 0, 0, schema.TRAIN) for i in liked[:5]] + [(u, int(liked[5]), 0, 0, schema.VALID)]
     write_interactions(tmp_path, rows)
     cf = Cf(dim=4, als_iterations=12, als_alpha=5.0, als_reg=0.1)
-    found = als.fit(tmp_path, 31, 21, cf, seed=1, scratch=tmp_path / "s")  # user 31 and item 21 are unknown to train
+    found = als.fit(
+        spark, tmp_path, 31, 21, cf, seed=1, scratch=tmp_path / "s"
+    )  # user 31 and item 21 are unknown to train
     assert not (tmp_path / "s").exists()
     assert found.users.shape == (32, 4)
     assert found.items.shape == (22, 4)
@@ -42,7 +52,7 @@ def test_factors_solve_the_normal_equations_and_tell_tastes_apart(tmp_path, monk
         np.testing.assert_allclose(found.users[u], expected, rtol=2e-3, atol=2e-4)
 
 
-def test_needs_train_interactions(tmp_path):
+def test_needs_train_interactions(spark, tmp_path):
     write_interactions(tmp_path, [(1, 1, 0, 0, schema.VALID)])
     with pytest.raises(ValueError, match="no train interactions"):
-        als.fit(tmp_path, 1, 1, Cf(), seed=1, scratch=tmp_path / "scratch")
+        als.fit(spark, tmp_path, 1, 1, Cf(), seed=1, scratch=tmp_path / "scratch")

@@ -18,7 +18,7 @@ def test_the_heaviest_come_first_and_are_those_of_the_similarity():
     user, item = pairs()
     found = neighbours.find(user, item, 80, 30, count=5)
     train = sp.csr_matrix((np.ones(len(user)), (user, item)), (81, 31))
-    expected = neighbours.similarity(train, 5, neighbours.K1, neighbours.B).toarray()
+    expected = neighbours.similarity(train, 6, neighbours.K1, neighbours.B).toarray()  # one of them is the item itself
     dense = np.zeros((31, 31))
     dense[np.arange(31)[:, None], found.item_IK] = found.weight_IK
     dense[:, 0] = 0
