@@ -27,6 +27,8 @@ from trainer.inputs import Catalog, read_catalog
 from trainer.model import ColaRec, init_items, model_config
 from trainer.training import Training
 
+FEW_STEPS = 3000  # of the demo, 1,825 were clearly fewer than enough and 3,675 about enough (docs/experiments.md)
+
 
 def main(argv: list[str]) -> None:
     config, dry_run = cli.parse(argv, __doc__)
@@ -55,6 +57,11 @@ def main(argv: list[str]) -> None:
             checkpoints.create(run.run_id)
         dist.barrier()
         training = Training(config, corpus, catalog, engine, checkpoints, run, progress)
+        progress(
+            f"{training.num_steps} steps of {config.train.global_batch}"
+            + ", which are few: more epochs or a smaller train.global_batch make more"
+            * (training.num_steps < FEW_STEPS and not config.train.max_steps)
+        )
         if resumed:
             training.resume()
         training.fit()

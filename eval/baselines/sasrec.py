@@ -30,7 +30,7 @@ MODEL = {"dim": 64, "num_layers": 2, "num_heads": 2, "max_items": 50, "dropout":
 TRAINING = {
     "lr": 1e-3,
     "warmup_steps": 100,
-    "steps_per_epoch": 200,  # decides how many sequences a step takes, within these bounds
+    "steps_per_epoch": 400,  # decides how many sequences a step takes, within these bounds
     "min_batch": 16,
     "max_batch": 1024,
     "batches_sorted": 20,  # so many are cut from their sequences by length, which saves most padding
