@@ -121,6 +121,19 @@ def test_neighbours_are_kept_unless_none_are_asked_for(toml):
     assert neighbours.read(path) is None
 
 
+def test_als_has_the_same_neighbours(toml, monkeypatch):
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    tables = []
+    for words in (["--cf.max_epochs=1"], ["--cf.method=als", "--cf.als_iterations=2"]):
+        build.main(["--config", str(toml), "--gid.neighbours=40", *words])
+        path = load(str(toml)).work_dir / "gid"
+        found, table = neighbours.read(path), np.zeros((NUM_ITEMS + 1, NUM_ITEMS + 1))
+        np.add.at(table, (np.arange(NUM_ITEMS + 1)[:, None], found.item_IK), found.weight_IK)
+        tables.append(table)
+    np.testing.assert_allclose(*tables, rtol=1e-5)
+    assert not (path / "cooccurrence").exists()
+
+
 def test_random_gids_and_dry_run(toml, capsys):
     build.main(["--config", str(toml), "--gid.method=random", "--cf.max_epochs=1", "--dry-run"])
     assert "writes" in capsys.readouterr().out
