@@ -186,7 +186,8 @@ def neighbours(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     sizes = scale.users, scale.items, cost.train_events(config, scale)
     cpu = cost.neighbours_cpu_seconds(*sizes, config.cf) * bool(config.gid.neighbours)
     spreads = config.cf.method == "als"
-    seconds, shuffle = cpu / (machines.all_cores if spreads else 1), 8 * cost.neighbour_entries(*sizes) * spreads
+    seconds = cpu / (machines.all_cores if spreads else 1)
+    shuffle = 8 * cost.neighbour_entries(*sizes) * (spreads and cpu > 0)
     table = 8 * config.gid.neighbours * scale.items
     warnings = []
     if table > machines.node_bytes / 4:
