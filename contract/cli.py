@@ -15,6 +15,7 @@ from contract.settings import Config
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+USER_ERRORS = (ValueError, FileNotFoundError, BlockingIOError, ConnectionError)  # one message and no traceback
 # The scheduler took the machine away (SIGTERM, SIGUSR1) and the state is saved: to be queued again. EX_TEMPFAIL.
 EXIT_PREEMPTED = 75
 
@@ -83,7 +84,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Calls `main(argv)` and turns errors that a user can mend into one message and exit status 2."""
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError, BlockingIOError, ConnectionError) as error:
+    except USER_ERRORS as error:
         if RANK > 0:
             time.sleep(5)  # rank 0 meets the same error; let its message be the one that is read
         message = textwrap.indent(str(error), "  ").lstrip()

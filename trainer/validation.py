@@ -69,14 +69,14 @@ def validate(
         config, catalog, corpus, "valid", config.eval.batch, dist.get_rank(), dist.get_world_size(), sample
     )
     for batch in batches:
-        on_device = packing.to_device(batch, device)
-        states = model.encode(on_device["user"])
-        row = on_device["pair_row"]
-        log_p = recommender.log_p(states[row], on_device["user"]["mask"][row], on_device["pair_item"][:, None])
-        total[:levels] -= log_p.double().sum((0, 1)).cpu()
-        total[levels] += len(log_p)
-        lists = _lists(config, recommender, on_device, states, weights)
-        if batch["user_idx"].any():  # the others only fill up
+        if batch["user_idx"].any():  # the others only fill up, for `between`
+            on_device = packing.to_device(batch, device)
+            states = model.encode(on_device["user"])
+            row = on_device["pair_row"]
+            log_p = recommender.log_p(states[row], on_device["user"]["mask"][row], on_device["pair_item"][:, None])
+            total[:levels] -= log_p.double().sum((0, 1)).cpu()
+            total[levels] += len(log_p)
+            lists = _lists(config, recommender, on_device, states, weights)
             total[levels + 1] += len(states)
             total[levels + 2 :] += torch.cat([_ranking_sums(items.cpu().numpy(), batch) for items in lists])
         between()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from contract.cli import EXIT_ERROR
+from contract.cli import EXIT_ERROR, USER_ERRORS
 
 # What a failed collective waits for, to learn which rank it was; and what this process then has to end by itself.
 LEARN_SECONDS, GRACE_SECONDS = 5.0, 5.0
@@ -58,6 +58,8 @@ class Watch:
             self._lost.wait(LEARN_SECONDS)
         self._left.set()
         leaves = error is None or isinstance(error, (KeyboardInterrupt, SystemExit))
+        if self._peers and not (leaves or self._cause or isinstance(error, USER_ERRORS)):
+            traceback.print_exception(error)  # now: once the others know, the launcher kills this rank
         self._tell("" if leaves else self._cause or f"{_name(self.rank)} failed: {_line(error)}")
         if not leaves and self._peers and dist.get_backend() == "gloo":
             # Closes the sockets, at which the collectives of the others fail. With NCCL it could wait for them.

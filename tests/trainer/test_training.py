@@ -144,6 +144,16 @@ def test_the_sample_is_the_same_at_any_number_of_ranks(data):
     assert not all(np.array_equal(one, two) for one, two in zip(sample, other, strict=True))
 
 
+@pytest.mark.parametrize("codebooks", ["prefix", "level"])
+def test_a_rank_with_fewer_batches_than_another_validates_the_same(valid_room, monkeypatch, codebooks):
+    config, corpus, catalog, net, _ = valid_room(history__attention="causal", model__codebooks=codebooks)
+    alone = validate(config, corpus, catalog, net, torch.device("cpu"), lambda: None)
+    calls, own_batches = [], loader.num_eval_batches
+    monkeypatch.setattr(loader, "num_eval_batches", lambda *args: own_batches(*args) + 2)
+    assert validate(config, corpus, catalog, net, torch.device("cpu"), lambda: calls.append(1)) == alone
+    assert len(calls) == own_batches(corpus, "valid", config.eval.batch, 1, None) + 2
+
+
 def test_users_are_taken_with_their_events(data):
     config = tiny.tiny_config(data)
     block = samples.read_shard(loader.shard_paths(open_artifact(config, "corpus"), "valid")[1])

@@ -1,5 +1,6 @@
 """What the other ranks say when one is gone."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -27,13 +28,18 @@ def work_together(rank, port, output, ready, what):
 
     def main(_):
         dist.init_process_group("gloo", timeout=timedelta(seconds=3 if what == "late" else 60))
-        with Watch(rank, 3, torch.device("cpu")):
+        with contextlib.ExitStack() as stack:
+            if what == "bug" and rank == 1:
+                stack.callback(os._exit, 9)  # as the launcher kills it when another rank has left
+            stack.enter_context(Watch(rank, 3, torch.device("cpu")))
             for step in range(10**9):
                 dist.all_reduce(torch.ones(3))
                 if step == 10:
                     ready.wait()
                     if what == "error" and rank == 1:
                         raise FileNotFoundError("shard train-00007.tar is gone")
+                    if what == "bug" and rank == 1:
+                        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
                     if what == "done":
                         return
                     if what == "late" and rank == 1:
@@ -89,6 +95,16 @@ def test_the_error_of_a_rank_is_what_the_others_say(tmp_path):
     assert "error: shard train-00007.tar is gone" in outputs[1]
     for rank in (0, 2):
         assert "failed: FileNotFoundError: shard train-00007.tar is gone" in outputs[rank]
+
+
+def test_a_rank_with_a_bug_shows_where_before_the_others_end(tmp_path):
+    codes, outputs = run(tmp_path, "bug")
+    assert codes == [2, 9, 2]
+    assert "Traceback" in outputs[1]
+    assert "in main" in outputs[1]
+    for rank in (0, 2):
+        assert "failed: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in outputs[rank]
+        assert "Traceback" not in outputs[rank]
 
 
 def test_a_late_rank_says_where_it_is_when_the_others_time_out(tmp_path):
