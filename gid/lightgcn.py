@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import torch
+import torch.nn.functional as F
 
 from contract.settings import Cf
 
@@ -137,9 +138,10 @@ def bpr_loss(adjacency: "Adjacency", e0: torch.Tensor, triples: torch.Tensor, nu
         triples: int64 (3, B): user, positive item, negative item; dense.
     """
     nodes = triples + torch.tensor([[0], [num_users], [num_users]], device=triples.device)
-    u, i, j = propagate(adjacency, e0, cf.num_layers)[nodes]
-    ranking = torch.nn.functional.softplus((u * (j - i)).sum(1)).mean()
-    return ranking + cf.l2 / 2 * e0[nodes].square().sum() / triples.shape[1]
+    # The gradient of `embedding` adds up in a fixed order, that of indexing on several threads in any.
+    u, i, j = F.embedding(nodes, propagate(adjacency, e0, cf.num_layers))
+    ranking = F.softplus((u * (j - i)).sum(1)).mean()
+    return ranking + cf.l2 / 2 * F.embedding(nodes, e0).square().sum() / triples.shape[1]
 
 
 def propagate(adjacency: "Adjacency", e0: torch.Tensor, num_layers: int) -> torch.Tensor:

@@ -51,6 +51,23 @@ def test_loss_equals_equation_15_by_hand():
     torch.testing.assert_close(loss, expected)
 
 
+def test_the_gradient_is_the_same_on_any_number_of_threads_to_the_last_bit():
+    rng = np.random.default_rng(0)
+    user, item = np.unique(rng.integers(0, [300, 40], (4000, 2)), axis=0).T
+    adjacency = Adjacency(user, item, 300, 40, CPU)
+    triples = torch.from_numpy(rng.integers(0, 40, (3, 4096)))  # few nodes, many times each
+    threads, gradients = torch.get_num_threads(), []
+    try:
+        for number in (1, 4, 4, 4):
+            torch.set_num_threads(number)
+            e0 = torch.randn(340, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            bpr_loss(adjacency, e0, triples, 300, Cf(num_layers=2)).backward()
+            gradients.append(e0.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
+
+
 def test_negatives_are_uniform_over_exactly_the_unseen_items():
     rng = np.random.default_rng(0)
     seen = rng.random((20, 9)) < rng.random((20, 1))
