@@ -12,6 +12,9 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU),0)
   DEEPSPEED := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(DEEPSPEED) --num_accelerators $(RANKS)
 endif
 
+# Threads that wait sleep rather than spin: beside another run on the same cores spinning made stages several times slower.
+export OMP_WAIT_POLICY ?= passive
+
 # For a log of megabytes the JVM's second compiler costs more than it gives. SPARK= says what else spark-submit is to do.
 SPARK ?= --driver-java-options -XX:TieredStopAtLevel=1
 
