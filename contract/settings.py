@@ -266,7 +266,11 @@ class Train:
     epochs: int = _opt(25, "passes over the training targets; with causal attention, over the users", low=1)
     max_steps: int = _opt(0, "stop after so many optimizer steps; 0: epochs decide", low=0)
     global_batch: int = _opt(64, "targets per optimizer step, over all ranks; with causal attention, histories", low=1)
-    negatives: int = _opt(4096, "items drawn at random for the softmax of a step, over all ranks", low=0)
+    negatives: int = _opt(
+        4096,
+        "items drawn at random for the softmax of a step, over all ranks; all items where there are no more",
+        low=0,
+    )
     micro_tokens: int = _opt(
         0,
         "encoder positions per forward pass of a rank, users and items together, padding counted; the rank's targets "

@@ -93,9 +93,9 @@ class TrainBatches(torch.utils.data.IterableDataset):
         one, after its last position, or with causal attention one after each item; next_gid (S, l); next_weight (S,)
         at (B,): the position of that target of each row which the losses of items take; weight float32 (B,)
         candidate: item (N,), distinct, with content bags; with L_softmax, into it next (S,), the targets, and random
-        (R,), the items that are drawn at random for the step; log_q float32 (R,): log of how often each of these is
-        drawn; where leaves are items, 1 + rows of it next_leaf (S, C): the items of the prefix of each target, 0 where
-        there are no more, and next_choice (S,): its column among them
+        (R,), the items that are drawn at random for the step, or all; log_q float32 (R,): log of how often each of
+        these is drawn; where leaves are items, 1 + rows of it next_leaf (S, C): the items of the prefix of each target,
+        0 where there are no more, and next_choice (S,): its column among them
         item: X_i of the distinct items in use, rows by length, with groups and gid (N, l), when a loss needs it; and
         into its rows positive (B,), negative (B,), sibling (B,)
         sibling_weight float32 (B,): of the targets in L_c, 0 where there is no sibling
@@ -220,11 +220,13 @@ class TrainBatches(torch.utils.data.IterableDataset):
             row = np.where(leaf > 0, 1 + np.searchsorted(distinct, leaf), 0)
             batch |= {f"{name}_leaf": row, f"{name}_choice": choice}
         if softmax:
-            num_drawn = len(random_items) * self.config.train.streams // len(self.streams)  # of all ranks
-            cdf = self.catalog.negative_cdf
-            probability = cdf[random_items] - cdf[random_items - 1]
             batch |= {"next": np.searchsorted(distinct, target), "random": np.searchsorted(distinct, random_items)}
-            batch["log_q"] = np.log(num_drawn * probability).astype(np.float32)
+            rate = np.ones(len(random_items))
+            if not softmax_is_exact(self.config, self.catalog):
+                num_drawn = len(random_items) * self.config.train.streams // len(self.streams)  # of all ranks
+                cdf = self.catalog.negative_cdf
+                rate = num_drawn * (cdf[random_items] - cdf[random_items - 1])
+            batch["log_q"] = np.log(rate).astype(np.float32)
         return batch
 
     def _distinct_by_length(self, item_idx: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -369,9 +371,23 @@ def _draw(
                 "sibling": samples.draw_siblings(catalog, positive, rng),
             }
         )
-    # As many in each stream, so that all ranks together draw the same at any number of them.
-    uniform = rng.random(-(-config.train.negatives // config.train.streams) if config.loss.softmax else 0)
-    return _concatenate(drawn) | {"random_items": np.searchsorted(catalog.negative_cdf, uniform, side="right")}
+    return _concatenate(drawn) | {"random_items": _random_items(config, catalog, stream, rng)}
+
+
+def _random_items(config: Config, catalog: Catalog, stream: int, rng: np.random.Generator) -> np.ndarray:
+    """A stream's part, int64, of what L_softmax ranks the targets among: as many in each, so that all ranks together
+    draw the same at any number of them; or each item once, dealt to the streams, when there are no more of them."""
+    if not config.loss.softmax:
+        return np.zeros(0, np.int64)
+    if softmax_is_exact(config, catalog):
+        return np.arange(1 + stream, catalog.num_items + 1, config.train.streams)
+    uniform = rng.random(-(-config.train.negatives // config.train.streams))
+    return np.searchsorted(catalog.negative_cdf, uniform, side="right")
+
+
+def softmax_is_exact(config: Config, catalog: Catalog) -> bool:
+    """Whether L_softmax is over all items, as drawing `train.negatives` of them would be no less work."""
+    return catalog.num_items <= config.train.negatives
 
 
 def _concatenate(drawn: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

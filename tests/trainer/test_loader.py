@@ -281,6 +281,21 @@ def test_log_q_tells_how_often_an_item_is_drawn(tmp_path):
     assert drawn / len(batches) == pytest.approx(rate, rel=0.25)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_softmax_is_over_each_item_once_when_as_many_would_be_drawn(tmp_path, world_size):
+    config, corpus, catalog, _ = tiny.tiny_room(tmp_path / "work", train__negatives="40")
+    shards = loader.shard_paths(corpus, "train")
+    items = []
+    for rank in range(world_size):
+        ((batch,),) = loader.TrainBatches(config, catalog, shards, rank, world_size, range(1), 10)
+        items += batch["candidate"]["item"][batch["random"]].tolist()
+        assert not batch["log_q"].any()
+    assert sorted(items) == list(range(1, catalog.num_items + 1))
+    with_more = tiny.tiny_config(tmp_path / "work", train__negatives="39")
+    ((batch,),) = loader.TrainBatches(with_more, catalog, shards, 0, 1, range(1), 10)
+    assert batch["log_q"].all()
+
+
 @pytest.fixture
 def causal(tmp_path):
     """(config, corpus, catalog) with causal attention and windows of 5 items, fewer than some users have."""
