@@ -18,7 +18,7 @@ class Variant:
     name: str
     what: str  # differs, in words
     settings: dict[str, object]  # {dotted key: value}, where it differs from the config
-    first: str = "model"  # the first artifact that is not the full model's: gid or model
+    first: str = "model"  # the first artifact that is not the full model's: gid, model or eval
 
     @property
     def stages(self) -> list[str]:
@@ -43,6 +43,7 @@ def variants(config: Config) -> list[Variant]:
             {"loss.bpr": 0.0, "loss.softmax": 0.0, "eval.hybrid": 0.0},
         ),
         Variant("no_contrastive", "no contrastive loss", {"loss.contrastive": 0.0}),
+        Variant("ranking_bpr", "BPR for a ranking loss, as in the paper", {"loss.bpr": 1.0, "loss.softmax": 0.0}),
         Variant("gid_collaborative", "prefixes of GIDs: like users", {"gid.method": "collaborative"}, "gid"),
         Variant("gid_content", "prefixes of GIDs: like words", {"gid.method": "content"}, "gid"),
         Variant("gid_fused", "prefixes of GIDs: like users and words", {"gid.method": "fused"}, "gid"),
@@ -53,6 +54,7 @@ def variants(config: Config) -> list[Variant]:
             "no atomic embeddings, texts alone",
             {"model.item_table": "none", "history.user_slots": 0},
         ),
+        Variant("items_random", "item embeddings that start at random", {"model.item_init": "random"}),
         Variant("codebooks_level", "one codebook for all prefixes of a level", {"model.codebooks": "level"}),
         Variant("attention_full", "both directions, a history for each target", {"history.attention": "full"}),
         Variant(
@@ -66,15 +68,26 @@ def variants(config: Config) -> list[Variant]:
             {"tokens": "an encoder position per token", "pooled": "an encoder position per item"}[encoding],
             {"history.encoding": encoding, "history.attention": "full"},
         ),
+        Variant("no_average", "the weights themselves, not their average over the steps", {"train.ema": 0.0}),
+        Variant("no_neighbours", "lists without the neighbours of a history's items", {"eval.neighbours": 0.0}, "eval"),
+        Variant("lists_generative", "lists by log p alone, as in the paper", {"eval.mode": "generative"}, "eval"),
     ]
     return [Variant(FULL, "all of it", {}), *(variant for variant in ablations if _differs(config, variant))]
 
 
 def _differs(config: Config, variant: Variant) -> bool:
     try:
-        return config_module.replace(config, variant.settings) != config
+        changed = config_module.replace(config, variant.settings)
     except ValueError:  # nothing would be left to learn, or to know items by
         return False
+    return _ranking(changed) != _ranking(config) if variant.first == "eval" else changed != config
+
+
+def _ranking(config: Config) -> tuple:
+    """By what the items of a list are ordered."""
+    if config.eval.ranks_by != "hybrid":
+        return (config.eval.ranks_by,)
+    return "hybrid", config.eval.hybrid, config.eval.neighbours if config.gid.neighbours else 0.0
 
 
 def choose(config: Config, only: str) -> list[Variant]:
@@ -128,15 +141,18 @@ def is_there(config: Config, stage: str) -> bool:
 
 
 def shares(config: Config, variant: Variant, stage: str) -> bool:
-    """Whether a variant uses the experiment's own artifact: corpus/, mostly gid/, and the full model if it is there."""
+    """Whether a variant uses an artifact that is not its own: corpus/, mostly gid/, and the full model where the
+    experiment has it or the lists alone differ."""
     return stage not in variant.stages or (stage == "model" and variant.name == FULL and is_there(config, stage))
 
 
 def link_inputs(config: Config, variant: Variant, its_config: Config) -> None:
-    """Makes the work folder of a variant, with links to the artifacts of the experiment that it shares."""
+    """Makes the work folder of a variant, with links to the artifacts that it shares with the experiment or, a model,
+    with the full variant, which is complete before it."""
     its_config.work_dir.mkdir(parents=True, exist_ok=True)
     for name in STAGES:
         link = its_config.work_dir / name
         if shares(config, variant, name) and not link.exists():
             link.unlink(missing_ok=True)
-            link.symlink_to(Path(os.pardir, os.pardir, name))  # relative: the work folder may be moved
+            owner = Path(os.pardir, FULL) if name == "model" and variant.name != FULL else Path(os.pardir, os.pardir)
+            link.symlink_to(owner / name)  # relative: the work folder may be moved

@@ -1,6 +1,7 @@
 """Which ablations a config has, and what of an experiment their work folders share."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,12 +20,13 @@ def names(config) -> list[str]:
 
 
 def test_the_ablations_of_the_paper(config):
-    losses = ["no_rec", "no_index", "no_ranking", "no_contrastive"]
+    losses = ["no_rec", "no_index", "no_ranking", "no_contrastive", "ranking_bpr"]
     gids, inputs = ["gid_content", "gid_fused", "gid_random"], ["order_set", "encoding_tokens"]
-    assert names(config) == ["full", *losses, *gids, "no_content", "no_slots", "codebooks_level", *inputs]
+    items = ["no_content", "no_slots", "items_random", "codebooks_level"]
+    assert names(config) == ["full", *losses, *gids, *items, *inputs, "no_average", "lists_generative"]
     causal = config_module.replace(config, {"history.attention": "causal"})
-    assert names(causal)[-3:] == ["attention_full", "order_set", "encoding_tokens"]
-    attention = [variants.variant_config(causal, v).history.attention for v in variants.variants(causal)[-3:]]
+    assert names(causal)[-5:-2] == ["attention_full", "order_set", "encoding_tokens"]
+    attention = [variants.variant_config(causal, v).history.attention for v in variants.variants(causal)[-5:-2]]
     assert attention == ["full", "causal", "full"]
     flat = config_module.flatten(config)
     for variant in variants.variants(config)[1:]:
@@ -38,6 +40,13 @@ def test_what_would_be_the_full_model_again_or_no_model_is_left_out(config):
     alone = dict.fromkeys(("loss.index", "loss.bpr", "loss.softmax", "loss.contrastive"), 0.0)
     assert "no_rec" not in names(config_module.replace(config, alone))
     assert "no_slots" not in names(config_module.replace(config, {"history.content": False}))
+    lists = {"no_neighbours", "lists_generative"}
+    with_both = {"eval.neighbours": 1.0, "gid.neighbours": 10}
+    assert lists <= set(names(config_module.replace(config, with_both)))
+    assert "no_neighbours" not in names(config_module.replace(config, with_both | {"gid.neighbours": 0}))
+    assert not lists & set(names(config_module.replace(config, with_both | {"eval.hybrid": 0.0})))
+    dense = names(config_module.replace(config, with_both | {"eval.mode": "dense"}))
+    assert lists & set(dense) == {"lists_generative"}
 
 
 def test_an_unknown_variant_names_those_that_there_are(config):
@@ -68,6 +77,19 @@ def test_a_work_folder_shares_what_is_not_its_own(config):
     moved = config_module.replace(config, {"work": str(config.work_dir.parent / "moved")})
     config.work_dir.rename(moved.work_dir)
     assert variants.is_there(variants.variant_config(moved, variants.variants(moved)[0]), "gid")
+
+
+def test_a_variant_of_the_lists_reads_the_model_of_the_full_variant(config):
+    (full, lists) = variants.choose(config, "lists_generative")
+    its_config = variants.variant_config(config, lists)
+    assert lists.stages == ["eval"]
+    for variant in (full, lists):
+        variants.link_inputs(config, variant, variants.variant_config(config, variant))
+    own = variants.variant_config(config, full).work_dir / "model"
+    assert not own.exists()  # the experiment has none; the full variant is trained first
+    own.mkdir()
+    assert (its_config.work_dir / "model").resolve() == own.resolve()
+    assert (its_config.work_dir / "corpus").readlink() == Path("../../corpus")
 
 
 def test_a_model_of_another_training_is_not_there(config):
