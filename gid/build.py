@@ -19,7 +19,9 @@ The inner product of a user's and an item's row is the score of LightGCN, or of 
 others are placed in the same tree by their content.
 """
 
+import contextlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +38,9 @@ from gid.align import align_codes
 from gid.extend import Grown, grow
 from gid.hierarchy import build_tree, check_room, gid_length, random_tree
 from gid.report import describe, write_report
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 
 @dataclass(frozen=True)
@@ -114,30 +119,50 @@ def built(
 def from_train(
     config: Config, corpus: Artifact, num_items: int, output: Output, progress: Progress, tracker: Run
 ) -> lightgcn.Embeddings:
-    """Embeddings by cf.method, zeros for what train does not know; writes the neighbours, made of the same pairs."""
-    num_users, count = corpus.counts["num_users"], config.gid.neighbours
+    """Embeddings by cf.method, zeros for what train does not know. Writes the neighbours."""
+    num_users = corpus.counts["num_users"]
     progress(f"{num_users} users, {num_items} items, {corpus.counts.get('num_train', 'some')} train interactions")
-    if config.cf.method == "als":
-        from contract.spark import spark_session  # here: LightGCN needs no Spark
-        from gid import als, cooccurrence
-
-        with spark_session("colarec gid", "contract", "gid") as spark:
-            found = als.fit(spark, corpus.path, num_users, num_items, config.cf, config.seed, output.path / "als")
-            progress(f"als: valid recall@20 {found.valid_recall:.4f}")
-            if count:
-                cooccurrence.write(spark, corpus.path, num_items, count, output.path)
-                progress(f"up to {count} neighbours of each item")
-        return found
 
     def report(epoch: int, loss: float, recall: float) -> None:
         progress(f"lightgcn epoch {epoch}: loss {loss:.4f}, valid recall@20 {recall:.4f}")
         tracker.metrics({"lightgcn/loss": loss, "lightgcn/valid_recall@20": recall}, step=epoch)
 
+    with spark_if_needed(config) as spark:
+        write_neighbours(config, corpus, num_items, output, progress, spark)
+        if spark:
+            from gid import als
+
+            found = als.fit(spark, corpus.path, num_users, num_items, config.cf, config.seed, output.path / "als")
+            progress(f"als: valid recall@20 {found.valid_recall:.4f}")
+            return found
     train, valid = read_interactions(corpus.path, TRAIN), read_interactions(corpus.path, VALID)
-    if count:
-        neighbours.write(output.path, neighbours.find(*train, num_users, num_items, count))
-        progress(f"up to {count} neighbours of each item")
     return lightgcn.fit(train, valid, num_users, num_items, config.cf, config.seed, report)
+
+
+def spark_if_needed(config: Config) -> contextlib.AbstractContextManager:
+    """A Spark session for cf.method = "als", for logs that no memory holds; else None."""
+    if config.cf.method != "als":
+        return contextlib.nullcontext()
+    from contract.spark import spark_session  # here: LightGCN needs no Spark
+
+    return spark_session("colarec gid", "contract", "gid")
+
+
+def write_neighbours(
+    config: Config, corpus: Artifact, num_items: int, output: Output, progress: Progress, spark: "SparkSession | None"
+) -> None:
+    """The gid.neighbours items that the same people take as each, by Spark or, without a session, in memory."""
+    count = config.gid.neighbours
+    if not count:
+        return
+    if spark:
+        from gid import cooccurrence
+
+        cooccurrence.write(spark, corpus.path, num_items, count, output.path)
+    else:
+        pairs = read_interactions(corpus.path, TRAIN)
+        neighbours.write(output.path, neighbours.find(*pairs, corpus.counts["num_users"], num_items, count))
+    progress(f"up to {count} neighbours of each item")
 
 
 def tree_embeddings(config: Config, cf: np.ndarray, items: Items) -> np.ndarray:
@@ -155,11 +180,9 @@ def extended(
 ) -> Made:
     """The tree of an older corpus with the items of this one. Writes the neighbours."""
     grown: Grown = grow(config, older.path, items)
-    pairs = read_interactions(corpus.path, TRAIN)
-    num_users, count = corpus.counts["num_users"], config.gid.neighbours
-    if count:
-        neighbours.write(output.path, neighbours.find(*pairs, num_users, items.num_items, count))
-    users = mean_of_items(pairs, grown.items, num_users)
+    with spark_if_needed(config) as spark:
+        write_neighbours(config, corpus, items.num_items, output, progress, spark)
+    users = mean_of_items(read_interactions(corpus.path, TRAIN), grown.items, corpus.counts["num_users"])
     share = grown.num_displaced / max(grown.num_added, 1)
     progress(
         f"{grown.num_kept} items kept their GID, {grown.num_added} were added, {grown.num_removed} are gone; "

@@ -134,6 +134,19 @@ def test_als_has_the_same_neighbours(toml, monkeypatch):
     assert not (path / "cooccurrence").exists()
 
 
+def test_an_extended_tree_has_the_neighbours_of_its_own_corpus(toml, monkeypatch):
+    monkeypatch.setenv("SPARK_LOCAL_IP", "127.0.0.1")
+    path, tables = load(str(toml)).work_dir / "gid", []
+    for method in ("lightgcn", "als"):  # in memory and by Spark
+        words = ["--config", str(toml), "--cf.max_epochs=1", "--gid.neighbours=4", f"--cf.method={method}"]
+        build.main(words)
+        tables.append(np.array(neighbours.read(path).weight_IK))
+        build.main([*words, "--extend"])
+        tables.append(np.array(neighbours.read(path).weight_IK))
+    for table in tables[1:]:
+        np.testing.assert_allclose(table, tables[0], rtol=1e-5)
+
+
 def test_random_gids_and_dry_run(toml, capsys):
     build.main(["--config", str(toml), "--gid.method=random", "--cf.max_epochs=1", "--dry-run"])
     assert "writes" in capsys.readouterr().out
