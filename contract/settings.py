@@ -282,7 +282,7 @@ class Train:
         "encoder passes over a forward pass's users, and over its items, by length: more pad less; 8 for 'tokens'",
         low=1,
     )
-    lr: float = _opt(2e-3, "peak AdamW learning rate", low=1e-9)
+    lr: float = _opt(4e-3, "peak AdamW learning rate", low=1e-9)
     weight_decay: float = _opt(0.01, "AdamW weight decay of matrices, not of norms and embeddings", low=0)
     schedule: str = _opt(
         "linear",

@@ -28,7 +28,7 @@ from eval.users import EvalUsers
 
 MODEL = {"dim": 64, "num_layers": 2, "num_heads": 2, "max_items": 50, "dropout": 0.4}
 TRAINING = {
-    "lr": 1e-3,
+    "lr": 2e-3,
     "warmup_steps": 100,
     "steps_per_epoch": 400,  # decides how many sequences a step takes, within these bounds
     "min_batch": 16,
