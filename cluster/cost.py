@@ -306,9 +306,12 @@ def flops_per_row(config: Config, scale: Scale) -> float:
 
 def softmax_flops_per_row(config: Config, scale: Scale) -> float:
     """Of L_softmax, which trainer/flops.py leaves out: every target against the random items of all ranks."""
-    if not config.loss.softmax:
-        return 0.0
-    return 3 * 2 * targets_of_a_row(config, scale) * config.train.negatives * config.model.d_model
+    return 3 * 2 * targets_of_a_row(config, scale) * softmax_items(config, scale) * config.model.d_model
+
+
+def softmax_items(config: Config, scale: Scale) -> float:
+    """That L_softmax ranks a target among: those drawn at random, or all where there are no more."""
+    return min(config.train.negatives, scale.items) if config.loss.softmax else 0.0
 
 
 def decode_flops(shape: ColaRecConfig, length: float, beams: int) -> float:

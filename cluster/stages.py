@@ -306,7 +306,7 @@ def train_bytes(config: Config, scale: cost.Scale, ranks: int, bf16: bool) -> di
         "tables": cost.table_bytes(config, scale, ranks, bf16),
         "activations": cost.activation_bytes(config, encoder * share, decoder * share, bf16),
         # float32 of the scores, what is made of them and the gradient; and the random items' vectors
-        "logits": (12 * targets + 8 * config.model.d_model) * config.train.negatives if config.loss.softmax else 0.0,
+        "logits": (12 * targets + 8 * config.model.d_model) * cost.softmax_items(config, scale),
         "tree": cost.tree_table_bytes(config.gid.branching, levels, scale.items),
         "vectors": cost.item_vector_bytes(config, scale),  # while it validates
         # The catalog; and how likely each item is to be drawn at random.
@@ -364,9 +364,9 @@ def train_warnings(
         )
     if softmax_share > 0.5 or numbers["logits"] > 0.2 * machines.rank_bytes:
         warnings.append(
-            f"L_softmax ranks each target among {config.train.negatives:,} items: {softmax_share:.1f} times the FLOP "
-            f"of the layers, {size(numbers['logits'])} a rank; set fewer train.negatives, or train.micro_tokens for "
-            "the memory alone"
+            f"L_softmax ranks each target among {cost.softmax_items(config, scale):,.0f} items: {softmax_share:.1f} "
+            f"times the FLOP of the layers, {size(numbers['logits'])} a rank; set fewer train.negatives, "
+            "or train.micro_tokens for the memory alone"
         )
     if device > machines.rank_bytes and numbers["activations"] > FILLED * machines.rank_bytes / 2:
         warnings.append(
