@@ -1,7 +1,8 @@
 """Stage artifacts: a folder under the work directory, complete if and only if it holds a manifest.
 
 A stage writes into a temporary folder beside the final one, hashes what it wrote, writes manifest.json
-and renames the folder. A stage that dies leaves the artifact of the run before it untouched.
+and renames the folder. A stage that dies leaves the artifact of the run before it untouched. A manifest holds a
+checksum of itself; one that lacks it is damaged, or of a version before there were any: see contract/seal.py.
 """
 
 import contextlib
@@ -17,6 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import config as config_module
+from contract.disk import (
+    difference,
+    fingerprint,
+    read_record,
+    refusal,
+    refuses_writing,
+    write_record,
+)
+from contract.disk import sha256 as sha256  # for those who know an artifact's files alone
+from contract.disk import write_atomically as write_atomically
 from contract.settings import Config
 
 MANIFEST = "manifest.json"
@@ -32,6 +43,8 @@ FREE_IN_TRAINING = {
         *("zero_stage", "micro_tokens", "length_groups", "eval_every", "patience", "non_finite", "max_skipped"),
     )
 }
+# What to do, beside making room, about a work folder that cannot be written.
+ELSEWHERE = "write elsewhere with --work=..."
 # Larger files are checked by size alone: a month of logs is not read twice to be sure of it.
 MAX_BYTES_HASHED_ON_OPEN = 64 << 20
 
@@ -84,13 +97,13 @@ def open_artifact(config: Config, name: str, any_input: bool = False) -> Artifac
     """
     stage, path = STAGES[name], config.work_dir / name
     command = f"{stage.command} --config <your config>"
-    manifest = _read_manifest(path, command)
+    manifest = read_manifest(path, command)
     shards_url = config.data.shards_url if name == "corpus" else ""
     for file, expected in manifest["files"].items():
         if shards_url and file.endswith(".tar"):
             continue  # need not be here
-        if problem := _difference(path / file, expected):
-            raise ValueError(f"{path / file} {problem} its manifest; run again: {command}")
+        if problem := difference(path / file, expected, MAX_BYTES_HASHED_ON_OPEN):
+            raise ValueError(f"{path / file} {problem}, by the manifest beside it; run again: {command}")
     # A setting that did not exist when the artifact was built cannot have shaped it: only known ones are compared.
     wanted = config_module.section(config, *stage.sections)
     for key, value in manifest["config"].items():
@@ -100,33 +113,27 @@ def open_artifact(config: Config, name: str, any_input: bool = False) -> Artifac
                 f"set it back, choose another work folder (--work=...), or run again: {command}"
             )
     for need in () if any_input else stage.needs:
-        if _read_manifest(config.work_dir / need, STAGES[need].command)["digest"] != manifest["inputs"][need]:
+        if read_manifest(config.work_dir / need, STAGES[need].command)["digest"] != manifest["inputs"][need]:
             raise ValueError(f"{path} was built from another {need}/ than the one that is there now; run: {command}")
     return Artifact(path, manifest, shards_url)
 
 
-def _read_manifest(path: Path, command: str) -> dict:
+def read_manifest(path: Path, command: str) -> dict:
+    """The manifest of the artifact at `path`, for which `command` is to be run.
+
+    Raises:
+        FileNotFoundError: there is none, and so no artifact.
+        ValueError: it is damaged.
+    """
     try:
-        return json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        return read_record(path / MANIFEST, f"run again: {command}")
+    except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing or incomplete (no {MANIFEST}); run first: {command}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / MANIFEST} is damaged ({error}); run again: {command}") from None
 
 
-def _difference(file: Path, expected: dict) -> str:
-    if not file.is_file():
-        return "is missing, unlike in"
-    if file.stat().st_size != expected["bytes"]:
-        return f"has {file.stat().st_size} bytes, not {expected['bytes']} as in"
-    if expected["bytes"] <= MAX_BYTES_HASHED_ON_OPEN and sha256(file) != expected["sha256"]:
-        return "differs in content from"
-    return ""
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def digest_of(files: dict[str, dict]) -> str:
+    """The digest of an artifact, of the fingerprints of its files."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 class Output:
@@ -150,7 +157,7 @@ class Output:
     def commit(self, counts: dict, inputs: dict[str, str], **extra) -> Artifact:
         """Writes the manifest and renames. `counts`: what a reader wants to know; `inputs`: {name: digest}."""
         files = {
-            str(file.relative_to(self.path)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            str(file.relative_to(self.path)): fingerprint(file)
             for file in sorted(self.path.rglob("*"))
             if file.is_file() and not file.name.startswith((".", "_"))
         }
@@ -158,14 +165,14 @@ class Output:
             "stage": self._stage.name,
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "git": git_revision(),
-            "digest": hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest(),
+            "digest": digest_of(files),
             "counts": counts,
             "inputs": inputs,
             **extra,
             "config": config_module.section(self._config, *self._stage.sections),
             "files": files,
         }
-        write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1))
+        write_record(self.path / MANIFEST, manifest)
         if self._final.exists():
             self._final.rename(self._old)
         self.path.rename(self._final)
@@ -180,14 +187,18 @@ def stage_output(config: Config, name: str) -> Iterator[Output]:
 
     Raises:
         BlockingIOError: another process writes this artifact.
-        ValueError: the work folder cannot be written.
+        ValueError: the work folder cannot be written, or what the stage writes finds no room there.
     """
     output = Output(config, name)
     with lock(config, name):
-        output.recover()
-        output.path.mkdir()
         try:
+            output.recover()
+            output.path.mkdir()
             yield output
+        except OSError as error:
+            if not refuses_writing(error, output.path):
+                raise
+            raise ValueError(refusal(error, output.path, ELSEWHERE)) from None
         finally:
             if not output.committed:
                 shutil.rmtree(output.path, ignore_errors=True)
@@ -212,7 +223,7 @@ def exclusively(output: Path, option: str) -> Iterator[None]:
     file = output.with_name(f".{output.name}.lock")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle = file.open("a+")
+        handle = file.open("a+b", buffering=0)
     except OSError as error:
         raise ValueError(f"the folder {file.parent} cannot be written: {error}; choose {option}=...") from None
     with handle:
@@ -221,22 +232,13 @@ def exclusively(output: Path, option: str) -> Iterator[None]:
         except BlockingIOError:
             handle.seek(0)
             raise BlockingIOError(
-                f"another run is writing {output} ({handle.read().strip()}); "
+                f"another run is writing {output} ({handle.read().decode().strip()}); "
                 f"wait for it, or write elsewhere with {option}=..."
             ) from None
-        handle.truncate(0)
-        handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%H:%M:%S')}")
-        handle.flush()
+        with contextlib.suppress(OSError):  # the lock holds on a full disk as well, without a word of who holds it
+            handle.truncate(0)
+            handle.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%H:%M:%S')}".encode())
         yield
-
-
-def write_atomically(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(file)
 
 
 def git_revision() -> str:

@@ -6,7 +6,8 @@ a keyed hash of the raw id, so that neither popularity nor the order of the inpu
 
 import fcntl
 import functools
-import shutil
+import glob
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
+
+from contract import disk
 
 # Content token ids: the special tokens of T5; the pieces follow.
 PAD, EOS, UNK = 0, 1, 2
@@ -63,6 +66,8 @@ SEQUENCES = pa.schema(
 GIDS = pa.schema([("item_idx", pa.int32()), ("gid", pa.list_(pa.int16()))])  # l codes in 0..K-1
 # The element types of the list columns that are memory-mapped.
 MAPPED = {"token_ids": np.int32, "user_idxs": np.int64}
+# The files of such a column, and of what they were when they were written.
+_PARTS, _FINGERPRINTS = ("values", "offsets"), "checksums.json"
 # With the raw ids as well: a later corpus numbers its items anew.
 GIDS_OF_ITEMS = GIDS.append(pa.field("item_id", pa.string()))
 
@@ -159,7 +164,8 @@ def map_tokens(corpus: Path, num_items: int) -> Ragged:
     """Row item_idx: int32 content token ids. Row 0 is empty, and so are those of items without text.
 
     Memory-mapped: the processes of a node share one copy of it, which the first of them derives from items.parquet,
-    piece by piece, into a hidden folder of the corpus.
+    piece by piece, into a hidden folder of the corpus. Every process reads it once to compare it with its checksum, one
+    to two seconds a GB; one that differs is derived anew.
 
     Raises:
         ValueError: an item_idx is not in 1..num_items or is there twice, or the corpus folder cannot be written.
@@ -174,16 +180,22 @@ def map_item_users(corpus: Path, num_items: int) -> Ragged:
 
 def _mapped(path: Path, column: str, num_items: int) -> Ragged:
     folder = path.with_name(f".{path.stem}.{column}")
-    if not folder.is_dir():
-        try:
-            with path.with_name(f"{folder.name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes wait, then find it written
-                if not folder.is_dir():
-                    _write_mapped(path, column, num_items, folder)
-        except OSError as error:
-            raise ValueError(f"{folder}, a table derived from {path.name}, cannot be written: {error}") from None
+    if not _is_whole(folder):
+        remedy = "choose a work folder elsewhere with --work=..."
+        with disk.writing(folder, remedy), path.with_name(f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes wait, then find it written
+            if not _is_whole(folder):
+                _write_mapped(path, column, num_items, folder)
     # Plain arrays over the mapping: what is looked up in them is not a memmap in its turn.
-    return Ragged(*(np.asarray(np.load(folder / f"{part}.npy", mmap_mode="r")) for part in ("values", "offsets")))
+    return Ragged(*(np.asarray(np.load(folder / f"{part}.npy", mmap_mode="r")) for part in _PARTS))
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        files = disk.read_record(folder / _FINGERPRINTS, "")
+    except (FileNotFoundError, ValueError):
+        return False
+    return not any(disk.difference(folder / name, expected) for name, expected in files.items())
 
 
 def _write_mapped(path: Path, column: str, num_items: int, folder: Path) -> None:
@@ -197,19 +209,25 @@ def _write_mapped(path: Path, column: str, num_items: int, folder: Path) -> None
     if num_rows > seen.sum():
         raise ValueError(f"{path}: an item_idx is there twice; run the stage that wrote it again")
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{folder.name}."))
+    # Those of this machine that were killed; another one may hold a lock that is not seen here.
+    prefix = f"{folder.name}.{os.uname().nodename}."
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        disk.remove(left)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix))
     try:
-        np.save(temporary / "offsets.npy", offsets)
-        shape = (int(offsets[-1]),)
-        values = np.lib.format.open_memmap(temporary / "values.npy", "w+", MAPPED[column], shape)
+        disk.save_array(temporary / "offsets.npy", offsets)
+        values = disk.create_array(temporary / "values.npy", MAPPED[column], (int(offsets[-1]),))
         for item_idx, rows in _list_batches(path, column):
             place = np.repeat(offsets[item_idx] - rows.offsets[:-1], rows.lengths)
             values[place + np.arange(len(rows.values))] = rows.values
         values.flush()
+        names = [f"{part}.npy" for part in _PARTS]
+        disk.write_record(temporary / _FINGERPRINTS, {name: disk.fingerprint(temporary / name) for name in names})
         temporary.chmod(0o755)
+        disk.remove(folder)  # damaged, or of a version that wrote no checksum
         temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        disk.remove(temporary)
 
 
 def _list_batches(path: Path, column: str) -> Iterator[tuple[np.ndarray, Ragged]]:

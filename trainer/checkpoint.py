@@ -7,14 +7,16 @@
         state.json            bytes and sha256 of the files, the state of the loop, versions, settings
     best.safetensors      the best weights so far; best.json: their bytes and sha256
 
+The .json hold a checksum of themselves. What else lies there, such as a copy step-N.bak, is left alone.
+
 Nothing in it depends on the ZeRO stage or on the number of ranks. A folder is filled under a temporary name and
 renamed, and those before it stay until then, so that neither a kill nor a full disk takes away what was there.
 """
 
+import contextlib
 import functools
-import hashlib
-import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -27,11 +29,16 @@ import torch
 import torch.distributed as dist
 
 from contract import config as config_module
-from contract.artifacts import FREE_IN_TRAINING, git_revision, sha256, write_atomically
+from contract.artifacts import ELSEWHERE, FREE_IN_TRAINING, git_revision
+from contract.cli import RANK
+from contract.disk import difference, fingerprint, read_record, write_record, writing
 from contract.settings import Config
 from trainer import engine_state
 
 RUN, STATE = "run.json", "state.json"
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+# All that is ours in the folder, and what of it a kill left half written.
+_OURS = re.compile(rf"{_STEP.pattern}|{RUN}|best\.safetensors|best\.json|\.({_STEP.pattern}|{RUN}|best(\.json)?)\.tmp")
 Rows = dict[str, torch.Tensor]
 
 
@@ -45,32 +52,49 @@ class Checkpoints:
         self._settings = {k: v for k, v in self._settings.items() if k not in FREE_IN_TRAINING}
         self._settings |= {f"digest of {name}/": digest for name, digest in inputs.items()}
         self._resume, self._keep_last = config.train.resume, config.train.keep_last
+        self._run_id = ""
 
     def find(self) -> str:
         """The MLflow run id of the run to go on with, '' when there is none. Writes nothing.
 
         Raises:
-            ValueError: the run that is there has other settings, or run.json is damaged.
+            ValueError: the run that is there has other settings, or nothing says any more which it is.
         """
-        if not self._resume or not (self.path / RUN).is_file() or not self._folders():
+        if not self._resume or not self._folders():
             return ""
-        try:
-            run = json.loads((self.path / RUN).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path / RUN} is damaged ({error}); start over with --train.resume=false") from None
+        run = self._run()
         for key, value in self._settings.items():
             if run["settings"].get(key) != value:
                 raise ValueError(
                     f"{self.path} holds an unfinished run with {key} = {run['settings'].get(key)!r}, this one has "
                     f"{value!r}; set it back to go on, or delete that run with --train.resume=false"
                 )
-        return run["run_id"]
+        self._run_id = run["run_id"]
+        return self._run_id
+
+    def _run(self) -> dict:
+        """run_id and settings of the run that is there: of run.json or, where that is lost, of a checkpoint."""
+        remedy = "start over with --train.resume=false, which removes the checkpoints there"
+        problems = []
+        for file in (self.path / RUN, *(folder / STATE for folder in self._folders()[::-1])):
+            try:
+                run = read_record(file, remedy)
+            except (FileNotFoundError, ValueError) as problem:
+                problems.append(problem)
+                continue
+            if problems and RANK == 0:
+                told = str(problems[0]).removesuffix(f"; {remedy}")
+                print(f"{told}; {file.parent.name} says of which run it was", file=sys.stderr, flush=True)
+            return run
+        raise ValueError(f"{problems[0]}; no checkpoint beside it is whole")
 
     def create(self, run_id: str) -> None:
-        """Begins an empty folder (rank 0)."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
-        write_atomically(self.path / RUN, json.dumps({"run_id": run_id, "settings": self._settings}, indent=1))
+        """Begins anew, without what another run left (rank 0). Raises ValueError when the folder cannot be written."""
+        with writing(self.path, ELSEWHERE):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._remove_ours()
+            write_record(self.path / RUN, {"run_id": run_id, "settings": self._settings})
+        self._run_id = run_id
 
     def save(self, engine, state: dict, rows: Rows | None = None) -> None:
         """Saves engine and state (all ranks); the checkpoints before stay until this one is complete.
@@ -95,7 +119,7 @@ class Checkpoints:
             self._remove_old(state["step"], keep=1, device=engine.device)
             problem = self._write(state["step"], files, record, engine.device)
         if problem:
-            newest = max(self._folders(), key=_step, default=None)
+            newest = (self._folders() or [None])[-1]
             whole = f"{newest.name} is whole, and the same command goes on from it" if newest else "there is none yet"
             raise ValueError(
                 f"checkpoint step-{state['step']} in {self.path} cannot be written: {problem}; {whole}. Make room, or "
@@ -116,14 +140,14 @@ class Checkpoints:
         Raises:
             ValueError: none is whole.
         """
-        for folder in sorted(self._folders(), key=_step, reverse=True):
+        for folder in self._folders()[::-1]:
             problem = _problem(folder, engine.device)
             if not problem:
                 break
             say(f"checkpoint {folder.name} is not used: {problem}")
         else:
             raise ValueError(f"no checkpoint in {self.path} is whole; start over with --train.resume=false")
-        record = json.loads((folder / STATE).read_text())
+        record = read_record(folder / STATE, "run the same command again")
         tensors = _Tensors(folder, [name for name in record["files"] if name.startswith("part-")])
         engine_state.restore(engine, lambda name, key: tensors.read(f"{name}/{key}"), record["num_updates"])
         if rows:
@@ -137,9 +161,9 @@ class Checkpoints:
         def write() -> None:
             temporary = self.best.with_name(".best.tmp")
             _write_file(weights, temporary)
-            checksum = json.dumps(_checksum(temporary))
+            of_file = fingerprint(temporary)
             temporary.rename(self.best)
-            write_atomically(self.best.with_suffix(".json"), checksum)
+            write_record(self.best.with_suffix(".json"), of_file)
 
         if problem := _together(write if dist.get_rank() == 0 else None, device):
             raise ValueError(
@@ -149,20 +173,34 @@ class Checkpoints:
 
     def best_is_whole(self) -> bool:
         try:
-            expected = json.loads(self.best.with_suffix(".json").read_text())
-        except (OSError, ValueError):
+            expected = read_record(self.best.with_suffix(".json"), "")
+        except (FileNotFoundError, ValueError):
             return False
-        return not _difference(self.best, expected)
+        return not difference(self.best, expected)
 
     def best_weights(self) -> dict[str, torch.Tensor]:
+        """Raises ValueError when they are no longer as they were written."""
+        if not self.best_is_whole():
+            raise ValueError(
+                f"{self.best} or its .json is damaged; the same command goes on from the last checkpoint, and measures "
+                "its weights again"
+            )
         return safetensors.torch.load_file(self.best)
 
     def remove(self) -> None:
         """The run is finished and its model written (rank 0)."""
-        shutil.rmtree(self.path)
+        self._remove_ours()
+        with contextlib.suppress(OSError):  # what others put there stays
+            self.path.rmdir()
+
+    def _remove_ours(self) -> None:
+        for path in self.path.iterdir():
+            if _OURS.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _folders(self) -> list[Path]:
-        return list(self.path.glob("step-*"))
+        """The checkpoints, the newest last."""
+        return sorted((path for path in self.path.glob("step-*") if _STEP.fullmatch(path.name)), key=_step)
 
     def _write(self, step: int, files: dict[str, Rows], record: dict, device: torch.device) -> str:
         """Writes the folder of a step; '' when it is complete, else the problem (all ranks)."""
@@ -177,12 +215,11 @@ class Checkpoints:
         def write() -> None:
             for name, tensors in files.items():
                 _write_file(tensors, temporary / name)
-                checksums[name] = _checksum(temporary / name)
+                checksums[name] = fingerprint(temporary / name)
 
         def complete() -> None:
-            record["settings"], record["versions"] = self._settings, _versions()
-            record["digest"] = _digest(record)
-            write_atomically(temporary / STATE, json.dumps(record, indent=1))
+            about = {"run_id": self._run_id, "settings": self._settings, "versions": _versions()}
+            write_record(temporary / STATE, record | about)
             shutil.rmtree(folder, ignore_errors=True)  # of the same step, and found damaged or begun anew
             temporary.rename(folder)
 
@@ -198,7 +235,7 @@ class Checkpoints:
         """Removes all but the newest `keep`, and those of steps that lie ahead: damaged ones that were passed over."""
 
         def remove() -> None:
-            folders = sorted(self._folders(), key=_step)
+            folders = self._folders()
             past = [folder for folder in folders if _step(folder) <= step]
             for folder in folders:
                 if folder not in past[-keep:]:
@@ -257,23 +294,20 @@ def read_rows(folder: Path, num_writers: int, rows: Rows, rank: int, world_size:
 def _problem(folder: Path, device: torch.device) -> str:
     """What is wrong with a checkpoint, '' when it is whole (all ranks, each of which checks a part of the files)."""
     try:
-        record = json.loads((folder / STATE).read_text())
-        damaged = record.pop("digest") != _digest(record)
+        record = read_record(folder / STATE, "")
     except FileNotFoundError:
         return f"it has no {STATE}: it was never completed"
-    except (ValueError, KeyError, AttributeError):
-        damaged = True
-    if damaged:
+    except ValueError:
         return f"{STATE} is damaged"
     names = sorted(record["files"])
     mine = range(dist.get_rank(), len(names), dist.get_world_size())
-    bad = next((i for i in mine if _difference(folder / names[i], record["files"][names[i]])), len(names))
+    bad = next((i for i in mine if difference(folder / names[i], record["files"][names[i]])), len(names))
     first = torch.tensor(bad, device=device)
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if first == len(names):
         return ""
     name = names[int(first)]
-    return f"{name} {_difference(folder / name, record['files'][name]) or 'is damaged'}"
+    return f"{name} {difference(folder / name, record['files'][name]) or 'is damaged'}"
 
 
 def _together(action: Callable[[], None] | None, device: torch.device) -> str:
@@ -312,22 +346,6 @@ def _write_file(tensors: Rows, file: Path) -> None:
     safetensors.torch.save_file(tensors, file)
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-def _checksum(file: Path) -> dict:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
-
-
-def _difference(file: Path, expected: dict) -> str:
-    if not file.is_file():
-        return "is missing"
-    if file.stat().st_size != expected["bytes"]:
-        return f"has {file.stat().st_size} bytes, not {expected['bytes']}"
-    return "" if sha256(file) == expected["sha256"] else "differs from its checksum"
-
-
-def _digest(record: dict) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache

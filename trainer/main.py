@@ -12,6 +12,7 @@ Ctrl-C, SIGTERM and SIGUSR1 end the step and save a checkpoint; the same command
 import contextlib
 
 import numpy as np
+import safetensors
 import torch
 import torch.distributed as dist
 
@@ -68,7 +69,15 @@ def main(argv: list[str]) -> None:
         if rank == 0:
             counts = {"num_parameters": num_parameters, **training.state, "seconds": round(training.seconds())}
             card = model_card(config, corpus, model.config, training.facts(), num_parameters)
-            write_model(output.path, pretrained.merged(checkpoints.best_weights()), model.config, card)
+            weights = pretrained.merged(checkpoints.best_weights())
+            try:
+                write_model(output.path, weights, model.config, card)
+            except safetensors.SafetensorError as error:
+                num_bytes = sum(weight.nbytes for weight in weights.values())
+                raise ValueError(
+                    f"the model cannot be written to {output.path} ({num_bytes:,} bytes): {error}; make room, and the "
+                    "same command goes on from the last checkpoint"
+                ) from None
             for file in MODEL_FILES if config.tracking.log_model else (CARD,):
                 run.artifact(output.path / file, "model")
             config_train = {"train": vars(config.train), "world_size": world_size, "device": device.type}

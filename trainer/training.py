@@ -83,7 +83,7 @@ class Training:
         dist.all_reduce(whole, dist.ReduceOp.MIN)
         if not whole:
             self.progress("the best weights so far are damaged: the next validation begins anew with the comparison")
-            self.state["best"] = {}
+            self.state |= {"best": {}, "validated": -1}  # in the end there must have been one
 
     def facts(self) -> dict[str, str]:
         """What the model card says of the training."""

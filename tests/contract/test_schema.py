@@ -124,7 +124,8 @@ def test_processes_that_map_at_once_get_the_same_table(tmp_path):
     with ThreadPoolExecutor(8) as threads:
         tables = list(threads.map(lambda _: rows(schema.map_item_users(tmp_path, 2)), range(8)))
     assert tables == [[[], [7, 8], [9]]] * 8
-    assert sorted(file.name for file in (tmp_path / ".item_users.user_idxs").iterdir()) == ["offsets.npy", "values.npy"]
+    written = sorted(file.name for file in (tmp_path / ".item_users.user_idxs").iterdir())
+    assert written == ["checksums.json", "offsets.npy", "values.npy"]
 
 
 def test_interactions_are_those_of_the_split_without_repeats(tmp_path):

@@ -1,6 +1,5 @@
 """States on disk: which of them count, what a full disk leaves, and who writes what."""
 
-import json
 import os
 import resource
 import shutil
@@ -9,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from contract import disk
 from tests import tiny
 from tests.trainer import runs
 from trainer import checkpoint
@@ -78,8 +78,73 @@ def test_damaged_best_weights_are_noticed(work, capsys):
     flip(work / "checkpoints" / "best.safetensors")
     runs.fit(work, resume=True)
     assert "the best weights so far are damaged" in capsys.readouterr().out
-    best = json.loads((work / "checkpoints" / "best.json").read_text())
-    assert best == checkpoint._checksum(work / "checkpoints" / "best.safetensors")
+    best = disk.read_record(work / "checkpoints" / "best.json", "")
+    assert best == disk.fingerprint(work / "checkpoints" / "best.safetensors")
+
+
+def test_best_weights_damaged_after_the_last_validation_are_made_again(work, capsys):
+    losses, training = runs.fit(work, resume=True)
+    flip(work / "checkpoints" / "best.json")
+    with pytest.raises(ValueError, match=r"best.safetensors or its .json is damaged; the same command goes on"):
+        training.checkpoints.best_weights()
+    _, training = runs.fit(work, resume=True)
+    assert training.state["best"]["rec"] == losses["valid/rec"][-1]
+    training.checkpoints.best_weights()
+
+
+LOST = {
+    "run.json is missing": lambda file: file.unlink(),
+    "run.json is damaged (it differs from its checksum)": lambda file: file.write_text(
+        file.read_text().replace('"run_id": "run"', '"run_id": "ruo"')
+    ),
+    "run.json is damaged ('utf-8' codec can't decode": lambda file: file.write_bytes(b"\xfb" + file.read_bytes()[1:]),
+    "run.json is damaged (it has no checksum of itself)": lambda file: file.write_text('{"run_id": "run"}'),
+}
+
+
+@pytest.mark.parametrize("problem", LOST)
+def test_checkpoints_without_a_whole_run_json_are_gone_on_with(work, rest, capsys, problem):
+    LOST[problem](work / "checkpoints" / "run.json")
+    assert runs.fit(work, {"train.save_every": "1000"}, resume=True)[0]["train/loss"] == rest[2:]
+    output = capsys.readouterr().err
+    assert problem in output
+    assert "step-10 says of which run it was" in output
+
+
+def test_checkpoints_of_which_nothing_says_what_they_are_stay_until_they_are_given_up(work):
+    folder = work / "checkpoints"
+    inputs = {"corpus": disk.read_record(folder / "run.json", "")["settings"]["digest of corpus/"]}
+    flip(folder / "run.json")
+    for step in folder.glob("step-*"):
+        flip(step / "state.json")
+    with pytest.raises(ValueError, match=r"run.json is damaged .*start over with --train.resume=false.*no checkpoint"):
+        checkpoint.Checkpoints(tiny.tiny_config(work), inputs).find()
+    assert len(list(folder.glob("step-*"))) == 2
+    given_up = checkpoint.Checkpoints(tiny.tiny_config(work, train__resume="false"), inputs)
+    assert given_up.find() == ""
+    given_up.create("anew")
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_what_else_lies_beside_checkpoints_is_left_alone(work, rest):
+    folder = work / "checkpoints"
+    others = {
+        "step-40.bak",
+        "step-",
+        "step-x",
+        "step-007",
+        "step--8",
+        "step-8 (copy)",
+        "step-\N{ARABIC-INDIC DIGIT THREE}",
+    }
+    for name in others:
+        shutil.copytree(folder / "step-8", folder / name)
+    (folder / "notes.txt").write_text("compare step 8 with the run of Monday")
+    losses, training = runs.fit(work, {"train.save_every": "6"}, resume=True)
+    assert losses["train/loss"] == rest[2:]
+    assert {path.name for path in folder.glob("step-*")} == others | {"step-18", "step-20"}
+    training.checkpoints.remove()
+    assert {path.name for path in folder.iterdir()} == others | {"notes.txt"}
 
 
 def test_a_disk_without_room_leaves_the_checkpoint_before(work, rest, capsys):
@@ -96,7 +161,7 @@ def test_a_disk_without_room_leaves_the_checkpoint_before(work, rest, capsys):
 
 
 def test_other_settings_are_refused_but_not_those_that_shape_nothing(work):
-    inputs = {"corpus": json.loads((work / "checkpoints/run.json").read_text())["settings"]["digest of corpus/"]}
+    inputs = {"corpus": disk.read_record(work / "checkpoints/run.json", "")["settings"]["digest of corpus/"]}
     known = {"train__max_steps": "20", "train__zero_stage": "3", "train__micro_tokens": "150", "train__workers": "2"}
     assert checkpoint.Checkpoints(tiny.tiny_config(work, **known), inputs).find() == "run"
     with pytest.raises(ValueError, match=r"train.lr = 0.003, this one has 0.5; set it back"):
