@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 from contract import cli
-from contract.artifacts import MANIFEST, STAGES, sha256, write_atomically
+from contract.artifacts import STAGES, read_manifest, sha256, write_atomically
 from eval import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,9 @@ def publish(work: Path, root: Path) -> str:
         FileNotFoundError: the run has no finished evaluation.
         ValueError: metrics.json is not what eval wrote or not of these artifacts, or the README has no place for it.
     """
-    manifests = {stage: _manifest(work, stage) for stage in STAGES}
+    manifests = {
+        stage: read_manifest(work / stage, f"{about.command} --config <your config>") for stage, about in STAGES.items()
+    }
     metrics = work / "eval" / "metrics.json"
     if sha256(metrics) != manifests["eval"]["files"]["metrics.json"]["sha256"]:
         raise ValueError(f"{metrics} was changed after eval wrote it; run again: {STAGES['eval'].command}")
@@ -71,13 +73,6 @@ def with_block(readme: str, results: table.Results) -> str:
         raise ValueError(f"README.md must hold these two lines once, for the table to go between:\n{begin}\n{end}")
     # A function: a table is not a replacement pattern, whatever it holds.
     return pattern.sub(lambda _: f"{begin}\n{table.markdown(results)}{end}", readme)
-
-
-def _manifest(work: Path, stage: str) -> dict:
-    file = work / stage / MANIFEST
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; run first: {STAGES[stage].command} --config <your config>")
-    return json.loads(file.read_text())
 
 
 def _facts(manifest: dict) -> dict:

@@ -99,11 +99,8 @@ def open_artifact(config: Config, name: str, any_input: bool = False) -> Artifac
     command = f"{stage.command} --config <your config>"
     manifest = read_manifest(path, command)
     shards_url = config.data.shards_url if name == "corpus" else ""
-    for file, expected in manifest["files"].items():
-        if shards_url and file.endswith(".tar"):
-            continue  # need not be here
-        if problem := difference(path / file, expected, MAX_BYTES_HASHED_ON_OPEN):
-            raise ValueError(f"{path / file} {problem}, by the manifest beside it; run again: {command}")
+    names = [file for file in manifest["files"] if not (shards_url and file.endswith(".tar"))]  # they need not be here
+    _check_files(path, manifest, names, command)
     # A setting that did not exist when the artifact was built cannot have shaped it: only known ones are compared.
     wanted = config_module.section(config, *stage.sections)
     for key, value in manifest["config"].items():
@@ -129,6 +126,24 @@ def read_manifest(path: Path, command: str) -> dict:
         return read_record(path / MANIFEST, f"run again: {command}")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing or incomplete (no {MANIFEST}); run first: {command}") from None
+
+
+def open_finished(path: Path, command: str) -> Artifact:
+    """The artifact at `path`, or a copy of some of its files, checked against its manifest and nothing else.
+
+    Raises:
+        FileNotFoundError: there is none; the message names the command.
+        ValueError: what is there differs from the manifest.
+    """
+    manifest = read_manifest(path, command)
+    _check_files(path, manifest, [file for file in manifest["files"] if (path / file).exists()], command)
+    return Artifact(path, manifest)
+
+
+def _check_files(path: Path, manifest: dict, names: list[str], command: str) -> None:
+    for name in names:
+        if problem := difference(path / name, manifest["files"][name], MAX_BYTES_HASHED_ON_OPEN):
+            raise ValueError(f"{path / name} {problem}, by the manifest beside it; run again: {command}")
 
 
 def digest_of(files: dict[str, dict]) -> str:

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from contract import cli
-from contract.artifacts import write_atomically
 from contract.cli import Progress
+from contract.disk import opened, sealed, write_atomically
 
 QUEUE, RECORDS, URI, REFUSED, FILES = ".mlflow-queue", "records.jsonl", "uri", "refused.jsonl", "files"
 LAST_WAIT = 15.0  # seconds that the end of a stage waits for a server that is away
@@ -62,7 +62,7 @@ class Outbox:
     def put(self, record: dict) -> None:
         """Keeps {"time", "step", "metrics": {name: value}}, {"file", "folder"} or {"time", "status"}; times in ms."""
         # The line break comes first: a line that a full disk has cut spoils no other.
-        line = b"\n" + json.dumps(record).encode()
+        line = b"\n" + json.dumps(sealed(record)).encode()
         with self._lock:
             try:
                 if os.write(self._handle.fileno(), line) < len(line):
@@ -251,10 +251,12 @@ def _locked(folder: Path, wait: bool):
 
 
 def _parsed(line: bytes) -> dict | None:
-    """None for what a full disk has cut."""
+    """None for what a full disk has cut, or what is damaged."""
     try:
-        return json.loads(line)
-    except ValueError:
+        record = json.loads(line)
+        # Those that an earlier version left behind hold no checksum of themselves, and nothing but these.
+        return record if record.keys() <= {"time", "step", "metrics", "file", "folder", "status"} else opened(record)
+    except (ValueError, AttributeError):
         return None
 
 

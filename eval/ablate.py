@@ -24,8 +24,9 @@ from pathlib import Path
 
 from contract import cli
 from contract import config as config_module
-from contract.artifacts import Artifact, lock, open_artifact, write_atomically
+from contract.artifacts import ELSEWHERE, Artifact, lock, open_artifact, write_atomically
 from contract.cli import Progress
+from contract.disk import read_record, write_record, writing
 from contract.settings import Config
 from contract.tracking import Run, track
 from eval import contrast, table
@@ -46,9 +47,13 @@ def main(argv: list[str]) -> None:
     corpus = open_artifact(config, "corpus")
     open_artifact(config, "gid")
     progress = Progress("ablate")
-    with lock(config, "ablations"), track(config, "ablate", run_id=earlier_run(config)) as run:
+    with (
+        lock(config, "ablations"),
+        writing(folder, ELSEWHERE),
+        track(config, "ablate", run_id=earlier_run(config)) as run,
+    ):
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / "run.json", json.dumps({"uri": config.tracking.uri, "run_id": run.run_id}))
+        write_record(folder / "run.json", {"uri": config.tracking.uri, "run_id": run.run_id})
         configs = {variant.name: variant_config(config, variant, run.run_id) for variant in variants}
         problems = {}
         for number, variant in enumerate(variants, 1):
@@ -89,7 +94,10 @@ def show_plan(config: Config, variants: list[Variant]) -> None:
 def earlier_run(config: Config) -> str:
     """The MLflow run of the ablation that is there, '' when there is none in this store."""
     file = config.work_dir / "ablations" / "run.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        known = read_record(file, "")
+    except (FileNotFoundError, ValueError):  # the variants that are complete stay, in a run of another number
+        return ""
     return known["run_id"] if known.get("uri") == config.tracking.uri else ""
 
 

@@ -6,14 +6,13 @@ Both must have scored the same users of the same corpus, with the same masking.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from contract import cli, schema
-from contract.artifacts import MANIFEST, STAGES, Artifact
+from contract.artifacts import STAGES, Artifact, open_finished
 from eval import metrics
 from eval.metrics import Lists
 from eval.users import EvalUsers, read_eval_users
@@ -35,9 +34,9 @@ def compare(first: Path, second: Path) -> str:
 
     Raises:
         FileNotFoundError: one of them has no finished evaluation, or no corpus is there to read the targets from.
-        ValueError: they are not of the same users, or the corpus was rebuilt since.
+        ValueError: they are not of the same users, a file is damaged, or the corpus was rebuilt since.
     """
-    manifests = [_manifest(work, "eval") for work in (first, second)]
+    manifests = [_finished(work, "eval").manifest for work in (first, second)]
     _check_alike(first, second, *manifests)
     corpus = _corpus(first, manifests[0]["inputs"]["corpus"])
     users = read_eval_users(corpus, manifests[0]["config"]["eval.split"])
@@ -76,18 +75,15 @@ def _check_alike(first: Path, second: Path, one: dict, other: dict) -> None:
             )
 
 
-def _manifest(work: Path, stage: str) -> dict:
-    file = work / stage / MANIFEST
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing; run first: {STAGES[stage].command} --config <your config>")
-    return json.loads(file.read_text())
+def _finished(work: Path, stage: str) -> Artifact:
+    return open_finished(work / stage, f"{STAGES[stage].command} --config <your config>")
 
 
 def _corpus(work: Path, digest: str) -> Artifact:
-    manifest = _manifest(work, "corpus")
-    if manifest["digest"] != digest:
-        raise ValueError(f"{work / 'corpus'} was rebuilt after the evaluation; run again: {STAGES['eval'].command}")
-    return Artifact(work / "corpus", manifest)
+    corpus = _finished(work, "corpus")
+    if corpus.digest != digest:
+        raise ValueError(f"{corpus.path} was rebuilt after the evaluation; run again: {STAGES['eval'].command}")
+    return corpus
 
 
 def _read_lists(work: Path, users: EvalUsers, cutoffs: list[int], num_train: np.ndarray) -> Lists:

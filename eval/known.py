@@ -13,7 +13,9 @@ import pyarrow.csv
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+from contract import disk
 from contract.schema import Ragged
+from eval.parts import ELSEWHERE
 from trainer.samples import Block
 
 IDS_AT_ONCE = 1 << 22  # looked up in one pass over users.parquet
@@ -38,7 +40,7 @@ def find_users(corpus: Path, num_users: int, file: Path, unknown_file: Path) -> 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, holds no ids, or none that corpus/ has.
+        ValueError: it cannot be read, holds no ids, or none that corpus/ has; there is no room for the unknown ones.
     """
     users = pads.dataset(corpus / "users.parquet", format="parquet")
     asked, num_ids, num_unknown, first = np.zeros(num_users + 1, bool), 0, 0, []
@@ -48,8 +50,7 @@ def find_users(corpus: Path, num_users: int, file: Path, unknown_file: Path) -> 
         asked[found["user_idx"].to_numpy()] = True
         unknown = ids.filter(pc.invert(pc.is_in(ids, value_set=found["user_id"]))).to_pylist()
         if unknown:
-            with unknown_file.open("a") as unknown_ids:
-                unknown_ids.writelines(f"{user_id}\n" for user_id in unknown)
+            _append(unknown_file, unknown)
         num_ids, num_unknown, first = num_ids + len(ids), num_unknown + len(unknown), (first + unknown)[:3]
     if num_ids == 0:
         raise ValueError(f"{file} holds no user ids; to recommend for all users leave --users out")
@@ -59,6 +60,16 @@ def find_users(corpus: Path, num_users: int, file: Path, unknown_file: Path) -> 
             "them as they are there, which are pseudonyms where etl.pseudonym_key is set"
         )
     return Asked(np.flatnonzero(asked), num_ids, num_unknown, tuple(first))
+
+
+def _append(file: Path, ids: list[str]) -> None:
+    with disk.writing(file, ELSEWHERE, sum(len(user_id) + 1 for user_id in ids)):
+        try:
+            with file.open("a") as lines:
+                lines.writelines(f"{user_id}\n" for user_id in ids)
+        except OSError:
+            disk.remove(file)
+            raise
 
 
 def _read_ids(file: Path) -> Iterator[pa.Array]:

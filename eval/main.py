@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from contract import cli, schema
-from contract.artifacts import STAGES, Artifact, Output, open_artifact, stage_output
+from contract import cli, disk, schema
+from contract.artifacts import ELSEWHERE, STAGES, Artifact, Output, open_artifact, stage_output
 from contract.cli import RANK, Progress
 from contract.tracking import track
 from eval import explain, report, scoring, table
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
             recommender = load(config, inputs, device)
             lists = recommend(recommender, inputs["corpus"], rank, world_size, progress)
             dist.barrier()  # the folder is there
-            np.savez(parts / f".rank-{rank}.npz", **lists)
+            with disk.writing(parts, ELSEWHERE, sum(array.nbytes for array in lists.values())):
+                np.savez(parts / f".rank-{rank}.npz", **lists)
             dist.barrier()
         if RANK > 0:
             return

@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from contract import cli
+from contract import cli, disk
 from contract import config as config_module
 from contract.artifacts import STAGES, Artifact, exclusively, open_artifact
 from contract.cli import RANK, Progress
@@ -29,7 +29,7 @@ from contract.settings import Config
 from eval import people
 from eval.items import ItemNames, choose, read_names
 from eval.known import Histories, find_users
-from eval.parts import Parts
+from eval.parts import ELSEWHERE, Parts
 from trainer import loader
 from trainer.distributed import process_group
 from trainer.recommender import Recommender, load
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
         users = parts.keys()
         size = min(MAX_USERS_PER_PART, max(config.eval.batch, math.ceil(len(users) / NUM_PARTS)))
         slices = [users[begin : begin + size] for begin in range(0, len(users), size)]
-        missing = [part for part in range(len(slices)) if not parts.file(part).exists()]
+        missing = [part for part in range(len(slices)) if not parts.is_whole(part)]
         if len(missing) < len(slices):
             progress(f"goes on: {len(slices) - len(missing)} of {len(slices)} parts are there")
         dist.barrier()  # all ranks have seen the same parts
@@ -131,7 +131,8 @@ def begin(
     """Looks up the users, says which are unknown, and makes the folder of parts ready. On rank 0 alone."""
     num_users, unknown_file = inputs["corpus"].counts["num_users"], parts.output.with_suffix(".unknown.txt")
     users = np.arange(1, num_users + 1)
-    unknown_file.unlink(missing_ok=True)
+    with disk.writing(unknown_file, ELSEWHERE):
+        unknown_file.unlink(missing_ok=True)
     if given.users:
         asked = find_users(inputs["corpus"].path, num_users, Path(given.users), unknown_file)
         users, num_again = asked.user_idx, asked.num_ids - asked.num_unknown - len(asked.user_idx)

@@ -3,7 +3,6 @@
 It holds what eval/serving.py logged: of corpus/ the items, their sampled users and the tokenizer; the GIDs; the model.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from contract import config as config_module
 from contract import schema
-from contract.artifacts import MANIFEST, STAGES, Artifact
+from contract.artifacts import STAGES, open_finished
 from eval import people
 from eval.items import indices, read_names
 from trainer.beam import best_items
@@ -47,7 +46,7 @@ class Served(mlflow.pyfunc.PythonModel):
         work = Path(context.artifacts[WORK])
         self._config = config_module.load(str(work / "config.toml"), {"work": str(work)})
         inputs = {
-            need: Artifact(work / need, json.loads((work / need / MANIFEST).read_text()))
+            need: open_finished(work / need, "python eval/serving.py --config <your config>")
             for need in STAGES["eval"].needs
         }
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

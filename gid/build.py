@@ -30,6 +30,7 @@ import scipy.sparse as sp
 
 from contract.artifacts import Artifact, Output, open_artifact, stage_output
 from contract.cli import Progress, parse, run, show_plan
+from contract.disk import save_array
 from contract.schema import GIDS_OF_ITEMS, TRAIN, VALID, Items, read_interactions, read_items
 from contract.settings import Config
 from contract.tracking import Run, track
@@ -216,10 +217,10 @@ def write(output: Output, made: Made, items: Items) -> None:
     numbers = pa.array(np.arange(1, items.num_items + 1, dtype=np.int32))
     table = pa.Table.from_arrays([numbers, rows, pa.array(items.item_ids[1:], pa.string())], schema=GIDS_OF_ITEMS)
     pq.write_table(table, output.path / "gids.parquet")
-    np.save(output.path / "item_embeddings.npy", made.items)
-    np.save(output.path / "user_embeddings.npy", made.users)
+    save_array(output.path / "item_embeddings.npy", made.items)
+    save_array(output.path / "user_embeddings.npy", made.users)
     if made.tree is not made.items:
-        np.save(output.path / "tree_embeddings.npy", made.tree)
+        save_array(output.path / "tree_embeddings.npy", made.tree)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from contract.disk import save_array, writing
 from gid.batch import Batch, lloyd, plus_plus, release
 from gid.kmeans import COARSE, cluster, one_thread
 from gid.nearest import best_device
@@ -102,7 +103,8 @@ def build_tree(
             return _grow(embeddings, shape, seed, device, executor, embeddings, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "embeddings.npy")
-        np.save(file, embeddings)
+        with writing(Path(file), "set TMPDIR to a folder with room", embeddings.nbytes):
+            save_array(Path(file), embeddings)
         with ProcessPoolExecutor(workers, get_context("spawn")) as executor:
             return _grow(embeddings, shape, seed, device, executor, file, workers)
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from contract.disk import create_array, save_array
+
 ITEMS, WEIGHTS = "neighbours.npy", "neighbour_weights.npy"
 # Of BM25; what the baseline item-kNN chooses on the valid users of Phone.
 K1, B = 0.1, 0.25
@@ -62,12 +64,12 @@ def create(folder: Path, num_items: int, count: int) -> Neighbours:
     """Tables of zeros whose files are in `folder`: what is written to them is written there."""
     parts = (ITEMS, np.int32), (WEIGHTS, np.float32)
     shape = num_items + 1, count
-    return Neighbours(*(np.lib.format.open_memmap(folder / name, "w+", dtype, shape) for name, dtype in parts))
+    return Neighbours(*(create_array(folder / name, dtype, shape) for name, dtype in parts))
 
 
 def write(folder: Path, neighbours: Neighbours) -> None:
-    np.save(folder / ITEMS, neighbours.item_IK)
-    np.save(folder / WEIGHTS, neighbours.weight_IK)
+    save_array(folder / ITEMS, neighbours.item_IK)
+    save_array(folder / WEIGHTS, neighbours.weight_IK)
 
 
 def read(folder: Path) -> Neighbours | None:

@@ -85,7 +85,10 @@ def sasrec(fit: Fit, users: EvalUsers, k: int, mask_seen: bool) -> Ranking:
         else:
             epoch = train(model, fit, mask_seen)
             if file:
-                save(model, epoch, file)
+                try:
+                    save(model, epoch, file)
+                except (OSError, safetensors.SafetensorError) as error:
+                    fit.progress(f"sasrec: {file} cannot be written ({error}): the next evaluation trains it anew")
     # In float64 a user's vector does not depend, once rounded, on the users of the same batch.
     model = model.double().eval()
     vectors = user_vectors(model, users.history)
@@ -212,17 +215,31 @@ def _item_vectors(model: SASRec) -> np.ndarray:
 def save(model: SASRec, epoch: int, file: Path) -> None:
     """Writes the weights in one piece: a reader sees all of the file or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    safetensors.torch.save_file(model.state_dict(), temporary, metadata={"epoch": str(epoch)})
-    temporary.rename(file)
+    temporary, weights = file.with_name(f".{file.name}.{os.getpid()}"), model.state_dict()
+    metadata = {"epoch": str(epoch), "checksum": _checksum(weights, epoch)}
+    try:
+        safetensors.torch.save_file(weights, temporary, metadata=metadata)
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checksum(weights: dict[str, torch.Tensor], epoch: int) -> str:
+    seen = hashlib.sha256(str(epoch).encode())
+    for name, weight in sorted(weights.items()):
+        seen.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        seen.update(weight.numpy(force=True).tobytes())
+    return seen.hexdigest()
 
 
 def load(model: SASRec, file: Path) -> int | None:
     """Reads what `save` wrote into the model and returns the epoch; None if there is no such file or it is damaged."""
     try:
         with safetensors.safe_open(file, "pt") as stored:
-            epoch = int(stored.metadata()["epoch"])
-            model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    except (FileNotFoundError, safetensors.SafetensorError):
+            epoch, weights = int(stored.metadata()["epoch"]), {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+            if stored.metadata()["checksum"] != _checksum(weights, epoch):
+                return None
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
         return None
+    model.load_state_dict(weights)
     return epoch

@@ -1,14 +1,18 @@
 """An artifact is complete or absent, whatever happens to the process that writes it."""
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from contract import artifacts, config, disk
+from contract import artifacts, config, disk, seal
 from contract.artifacts import open_artifact, stage_output
 from contract.settings import Config
 
@@ -108,6 +112,61 @@ def test_a_damaged_manifest_is_refused(settings):
     manifest.write_text(manifest.read_text()[:-20])
     with pytest.raises(ValueError, match="is damaged"):
         open_artifact(settings, "corpus")
+
+
+def test_a_manifest_with_a_flipped_bit_is_refused_by_name(settings):
+    manifest = build(settings, "corpus").path / artifacts.MANIFEST
+    content, before = manifest.read_bytes(), open_artifact(settings, "corpus")
+    harmless = 0
+    for place in range(0, len(content), 7):
+        manifest.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        try:
+            assert open_artifact(settings, "corpus") == before
+            harmless += 1  # a white space is another one
+        except ValueError as error:
+            refused = str(error)
+        assert refused.startswith(f"{manifest} is damaged (")
+        assert refused.endswith("; run again: spark-submit etl/build.py --config <your config>")
+    assert harmless < 0.1 * len(content) / 7
+
+
+def test_a_manifest_of_an_earlier_version_is_refused_until_it_is_sealed(settings, capsys):
+    built = build(settings, "corpus")
+    manifest = built.path / artifacts.MANIFEST
+    manifest.write_text(json.dumps(built.manifest))  # without a checksum
+    with pytest.raises(
+        ValueError, match=r"manifest.json is damaged \(it has no checksum of itself\); run again: spark"
+    ):
+        open_artifact(settings, "corpus")
+    seal.main([str(settings.work_dir)])
+    assert capsys.readouterr().out == f"{manifest} is sealed now\n"
+    assert open_artifact(settings, "corpus") == built
+    seal.main([str(settings.work_dir)])
+    assert capsys.readouterr().out == f"{manifest} has a checksum\n"
+    manifest.write_text(json.dumps(built.manifest))
+    (built.path / "part" / "data.bin").write_bytes(b"cOntent")
+    with pytest.raises(ValueError, match=r"data.bin differs from its checksum, by the manifest"):
+        seal.main([str(settings.work_dir)])
+    with pytest.raises(FileNotFoundError, match="holds no artifacts"):
+        seal.main([str(built.path)])
+
+
+NUMBERS = np.random.default_rng(0).random(5000)
+WRITERS = {
+    "report.html": lambda file: file.write_text("x" * 5000),
+    "table.npy": lambda file: disk.save_array(file, NUMBERS),
+    "table.parquet": lambda file: pq.write_table(pa.table({"x": NUMBERS}), file),  # its error names no file
+    "manifest.json": lambda file: disk.write_record(file, {"x": NUMBERS.tolist()}),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_without_room_a_stage_ends_with_one_message_and_leaves_nothing(settings, largest_file, name):
+    largest_file(4000)
+    message = r"/\.corpus\.tmp.* cannot be written: File too large; make room, or write elsewhere with --work"
+    with pytest.raises(ValueError, match=message), stage_output(settings, "corpus") as output:
+        WRITERS[name](output.path / name)
+    assert {file.name for file in settings.work_dir.iterdir()} == {".corpus.lock"}
 
 
 def test_other_settings_of_the_stage_are_refused_by_name(settings, tmp_path):

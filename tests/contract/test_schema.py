@@ -1,6 +1,10 @@
 """Ragged columns and the readers of corpus/ and gid/ tables."""
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -126,6 +130,61 @@ def test_processes_that_map_at_once_get_the_same_table(tmp_path):
     assert tables == [[[], [7, 8], [9]]] * 8
     written = sorted(file.name for file in (tmp_path / ".item_users.user_idxs").iterdir())
     assert written == ["checksums.json", "offsets.npy", "values.npy"]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("values.npy", flip),
+        ("values.npy", cut),
+        ("offsets.npy", flip),
+        ("checksums.json", flip),
+        ("checksums.json", lambda file: file.unlink()),  # as of a version that wrote none
+        ("values.npy", lambda file: file.unlink()),
+    ],
+)
+def test_mapped_tables_that_are_damaged_are_derived_anew(tmp_path, name, damage):
+    pq.write_table(pa.table([[2, 1], [[9], [7, 8]]], schema=schema.ITEM_USERS), tmp_path / "item_users.parquet")
+    schema.map_item_users(tmp_path, 2)
+    killed = tmp_path / f".item_users.user_idxs.{os.uname().nodename}.abcd"  # while it wrote
+    killed.mkdir()
+    (killed / "values.npy").write_bytes(b"half")
+    damage(tmp_path / ".item_users.user_idxs" / name)
+    assert rows(schema.map_item_users(tmp_path, 2)) == [[], [7, 8], [9]]
+    names = {".item_users.user_idxs", ".item_users.user_idxs.lock", "item_users.parquet"}
+    assert {file.name for file in tmp_path.iterdir()} == names
+
+
+def test_a_mapped_table_without_room_is_one_message(tmp_path, largest_file):
+    table = pa.table([[1], [list(range(20_000))]], schema=schema.ITEM_USERS)
+    pq.write_table(table, tmp_path / "item_users.parquet")
+    largest_file(100_000)
+    with pytest.raises(ValueError, match=r"user_idxs\..*/values.npy cannot be written: File too large; make room, or"):
+        schema.map_item_users(tmp_path, 1)
+    assert {file.name for file in tmp_path.iterdir()} == {".item_users.user_idxs.lock", "item_users.parquet"}
+
+
+def test_a_mapped_table_on_a_full_disk_does_not_end_the_process(small_disk):
+    """What is written to a mapped file that has no room is a SIGBUS, not an error."""
+    table = pa.table([[1], [[7] * 20_000]], schema=schema.ITEM_USERS)
+    pq.write_table(table, small_disk / "item_users.parquet")
+    code = f"from pathlib import Path; from contract import schema; schema.map_item_users(Path({str(small_disk)!r}), 1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1, done
+    assert re.search(
+        r"ValueError: .*/values.npy cannot be written: No space left on device; [\d,]+ bytes are free in", done.stderr
+    )
+    assert {file.name for file in small_disk.iterdir()} == {".item_users.user_idxs.lock", "item_users.parquet"}
 
 
 def test_interactions_are_those_of_the_split_without_repeats(tmp_path):
