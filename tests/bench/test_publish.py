@@ -7,6 +7,7 @@ import pytest
 
 from bench import publish
 from contract import config as config_module
+from contract import disk
 from contract.artifacts import stage_output
 from eval import table
 
@@ -99,6 +100,6 @@ def test_numbers_changed_by_hand_are_refused(tmp_path, checkout):
 def test_an_evaluation_of_another_model_is_refused(tmp_path, checkout):
     work = make_run(tmp_path, ndcg_at_5=0.125)
     manifest = work / "model" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "another"}))
+    disk.write_record(manifest, disk.read_record(manifest, "") | {"digest": "another"})
     with pytest.raises(ValueError, match=r"model/ was rebuilt after"):
         publish.publish(work, checkout)

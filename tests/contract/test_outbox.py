@@ -13,7 +13,7 @@ import urllib.request
 import mlflow
 import pytest
 
-from contract import config, outbox
+from contract import config, disk, outbox
 from contract.tracking import track
 
 KILLED = """
@@ -169,6 +169,16 @@ def test_what_a_dead_server_and_a_killed_process_leave_is_sent_later(settings, s
             time.sleep(0.1)
     assert history(settings, run.run_id) == [(step, float(step)) for step in range(50)]
     assert status(settings, run.run_id) == "RUNNING"  # how the killed process left it
+
+
+def test_a_record_with_a_flipped_bit_is_not_sent():
+    record = {"time": 1, "step": 2, "metrics": {"loss": 1.5}}
+    line = json.dumps(disk.sealed(record)).encode()
+    assert outbox._parsed(line) == record == outbox._parsed(json.dumps(record).encode())  # as an earlier version wrote
+    for bit in range(8 * len(line)):
+        flipped = bytearray(line)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert outbox._parsed(bytes(flipped)) in (None, record)  # white space may differ
 
 
 def test_the_last_record_is_sent_however_late_it_comes(tmp_path, monkeypatch):

@@ -114,6 +114,9 @@ def test_a_run_that_was_stopped_goes_on(trained, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"holds parts with k = 20, now it is 5"):
         main([*words, "-k", "5"])
 
+    part = Parts(out).file(1)
+    part.write_bytes(part.read_bytes().replace(b"PAR1", b"PAR2"))
+
     def recorded(parts: Parts, part: int, table: pa.Table) -> None:
         written.append(part)
         write(parts, part, table)
@@ -121,10 +124,10 @@ def test_a_run_that_was_stopped_goes_on(trained, tmp_path, monkeypatch, capsys):
     written = []
     monkeypatch.setattr(Parts, "write", recorded)
     main(words)
-    assert written == [3, 4, 5, 6, 7, 8]
+    assert written == [1, 3, 4, 5, 6, 7, 8]
     assert pq.read_table(out) == pq.read_table(tmp_path / "unbroken.parquet")
     main(words)
-    assert written == [3, 4, 5, 6, 7, 8]
+    assert written == [1, 3, 4, 5, 6, 7, 8]
     assert "is there already" in capsys.readouterr().out
 
 

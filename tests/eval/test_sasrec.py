@@ -118,14 +118,33 @@ def test_a_trained_model_is_kept_and_not_trained_again(fit, tmp_path):
     assert len(list(kept.cache.iterdir())) == 2, "another corpus is another model"
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights"])
-def test_a_damaged_file_is_replaced(fit, tmp_path, content):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"not weights",
+        lambda content: content[:-2] + bytes([content[-2] ^ 16]) + content[-1:],  # of a weight
+        lambda content: content.replace(b'"epoch":"', b'"epoci":"'),
+    ],
+)
+def test_a_damaged_file_is_replaced(fit, tmp_path, damage):
     kept = dataclasses.replace(fit, cache=tmp_path, digest="a")
     expected = sasrec.sasrec(kept, fit.valid, 5, True).item_idx
     [file] = tmp_path.iterdir()
-    file.write_bytes(content)
+    whole = {name: weight.clone() for name, weight in safetensors.torch.load_file(file).items()}
+    file.write_bytes(damage(file.read_bytes()))
     np.testing.assert_array_equal(sasrec.sasrec(kept, fit.valid, 5, True).item_idx, expected)
-    assert "items.weight" in safetensors.torch.load_file(file)
+    torch.testing.assert_close(safetensors.torch.load_file(file), whole, rtol=0, atol=0)
+
+
+def test_a_model_that_cannot_be_kept_is_used_all_the_same(fit, tmp_path, largest_file):
+    said = []
+    kept = dataclasses.replace(fit, cache=tmp_path, digest="a", progress=said.append)
+    expected = sasrec.sasrec(fit, fit.valid, 5, True).item_idx
+    largest_file(1000)
+    np.testing.assert_array_equal(sasrec.sasrec(kept, fit.valid, 5, True).item_idx, expected)
+    assert "cannot be written" in said[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_without_two_events_of_a_user_teaches_nothing(fit):

@@ -147,6 +147,18 @@ def test_an_extended_tree_has_the_neighbours_of_its_own_corpus(toml, monkeypatch
         np.testing.assert_allclose(table, tables[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_items", [200, 20_000])  # no room for the embeddings, or for the table before them
+def test_without_room_it_ends_with_one_message(toml, largest_file, num_items):
+    config, rows = load(str(toml)), np.zeros((num_items + 1, 8), np.float32)
+    made = build.Made(np.zeros((num_items, 3), np.int16), rows, rows, rows, {})
+    items = schema.Items([f"{i}" for i in range(num_items + 1)], schema.ragged(pa.array([[]])), np.zeros(num_items + 1))
+    largest_file(6000)
+    message = r"/\.gid\.tmp.* cannot be written: File too large; make room, or write elsewhere with --work"
+    with pytest.raises(ValueError, match=message), stage_output(config, "gid") as output:
+        build.write(output, made, items)
+    assert not list(config.work_dir.glob("*gid*tmp"))
+
+
 def test_random_gids_and_dry_run(toml, capsys):
     build.main(["--config", str(toml), "--gid.method=random", "--cf.max_epochs=1", "--dry-run"])
     assert "writes" in capsys.readouterr().out
