@@ -213,7 +213,11 @@ def first_line(file: Path, encoding: str = UTF8) -> str:
 
 def _refuse_utf16(file: Path) -> None:
     """Raises ValueError for a file in UTF-16 or UTF-32, in which every other byte of ASCII is 0."""
-    if "\0" in first_line(file)[:1000]:
+    try:
+        line = first_line(file)
+    except (OSError, ValueError):  # damaged: Spark's error tells where
+        return
+    if "\0" in line[:1000]:
         raise ValueError(f"{file} is not text, or in UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 old > new")
 
 
