@@ -189,7 +189,7 @@ def test_our_own_bugs_keep_their_traceback():
 
 
 @pytest.mark.parametrize(
-    "encoding", ["utf-16", "utf-32-le", "utf-7", "cp037", "rot13", "hex", "unicode_escape", "idna", "latin1 x", ""]
+    "encoding", ["utf-16", "utf-32-le", "utf-7", "cp037", "rot13", "hex", "unicode_escape", "latin1 x", ""]
 )
 def test_encodings_that_do_not_extend_ascii_are_refused(tmp_path, encoding):
     (tmp_path / "c.toml").write_text("")
