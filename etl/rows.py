@@ -131,7 +131,9 @@ def read_lines(
     if not whole:
         _refuse_utf16(files[0])
     scan = spark.read.text(_unglobbed(files), wholetext=whole)
-    rows = _with_block(scan, [decoded(F.col("value"), encoding).alias("raw")], among or files)
+    rows = _with_block(scan, [F.col("value").alias("raw")], among or files)
+    if not is_utf8(encoding):
+        rows = rows.withColumn("raw", decoded(F.col("raw").cast("binary"), encoding))
     return rows.where(F.trim("raw") != "")
 
 
@@ -174,8 +176,10 @@ def csv_rows(
         # Spark decodes few encodings; as Latin-1, one character a byte, it keeps the bytes of the others.
         charset = "utf-8" if is_utf8(encoding) else "iso-8859-1"
         scan = spark.read.csv(_unglobbed(files), schema, header=True, multiLine=True, encoding=charset, **options)
-        fields = [decoded(F.col(name), encoding, "latin-1").alias(name) for name in scan.columns]
-        parsed = _with_block(scan, [F.struct(*fields).alias("parsed")], among or files)
+        parsed = _with_block(scan, [F.struct("*").alias("parsed")], among or files)
+        if not is_utf8(encoding):
+            fields = [decoded(F.col(f"parsed.{name}"), encoding).alias(name) for name in scan.columns]
+            parsed = parsed.withColumn("parsed", F.struct(*fields))
     else:
         lines = read_lines(spark, files, among, encoding=encoding)
         # The header has been decoded in Python.
@@ -262,20 +266,15 @@ def is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
-def decoded(text: Column, encoding: str, read_as: str = "") -> Column:
-    """The text in its encoding, with U+FFFD for what cannot be decoded. `text` holds the bytes as they are, or as
-    characters of the encoding `read_as`. UTF-8 is what Spark has anyway."""
-    if is_utf8(encoding):
-        return text
+def decoded(text: Column, encoding: str) -> Column:
+    """The text, of bytes or of a character for each byte (Latin-1), with U+FFFD for what cannot be decoded."""
 
     @F.arrow_udf(T.StringType())
     def decode(texts: pa.Array) -> pa.Array:
-        found = texts.to_pylist()
-        if read_as:
-            found = [text and text.encode(read_as) for text in found]
-        return pa.array([text and text.decode(encoding, "replace") for text in found], pa.string())
+        found = (text.encode("latin-1") if isinstance(text, str) else text for text in texts.to_pylist())
+        return pa.array([text if text is None else text.decode(encoding, "replace") for text in found], pa.string())
 
-    return decode(text if read_as else text.cast("binary"))
+    return decode(text)
 
 
 # --- the two tables ---
