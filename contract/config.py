@@ -168,6 +168,7 @@ def _check(config: Config) -> None:
             raise ValueError(f"eval.{name} = {weight}: must be 0 or more, or -1 to choose it on valid")
     if max(config.eval.cutoffs) > config.eval.beams:
         raise ValueError(f"eval.beams = {config.eval.beams}: must be at least the largest of eval.cutoffs")
+    _check_encoding(config.data.encoding)
     etl = config.etl
     if etl.repeats != "first" and config.eval.mask_seen:
         raise ValueError(f"etl.repeats = {etl.repeats!r} makes seen items targets: set eval.mask_seen = false as well")
@@ -195,3 +196,17 @@ def _check(config: Config) -> None:
         raise ValueError("model.item_table = 'none' and history.content = false: the encoder would know no item apart")
     if not any(vars(config.loss).values()):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")
+
+
+def _check_encoding(name: str) -> None:
+    """Files are cut into lines as bytes, so an encoding must leave ASCII as it is."""
+    ascii_ = bytes(range(128)) + rb" \u0041"  # which unicode_escape would change
+    try:
+        fits = ascii_.decode(name) == ascii_.decode("ascii")
+    except (LookupError, ValueError):  # unknown, no encoding of texts, or not of single bytes
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"data.encoding = {name!r}: no encoding that extends ASCII, such as utf-8, latin-1 or cp1252; "
+            "convert files in UTF-16 or UTF-32 first: iconv -f UTF-16 -t UTF-8 old > new"
+        )

@@ -56,6 +56,11 @@ class Data:
         "folder or any URL that fsspec opens (s3://..., gs://...) with a copy of the .tar files of corpus/, read from "
         "there in training and evaluation; empty: read from corpus/",
     )
+    encoding: str = _opt(
+        "utf-8",
+        "encoding of the text files, log and items: utf-8, latin-1, cp1252, shift_jis, ... any that Python knows and "
+        "that extends ASCII",
+    )
     delimiter: str = _opt(",", "what separates the fields of a CSV file", (",", ";", "|", "\t"))
     multiline: bool = _opt(
         False,
@@ -82,7 +87,16 @@ class Etl:
     min_item: int = _opt(5, "k-core: events an item must have; 0: keep the whole catalog, cold items too", low=0)
     max_user_events: int = _opt(1000, "only the latest rows of a user count, at most so many", low=1)
     max_daily_events: int = _opt(0, "leave out users with more rows than this on any day (UTC): bots; 0: none", low=0)
-    max_bad_share: float = _opt(0.01, "stop when a larger share of the rows is unusable", low=0, high=1)
+    max_bad_share: float = _opt(
+        0.01, "stop when a larger share of the rows is unusable, or of the texts cannot be decoded", low=0, high=1
+    )
+    max_unknown_share: float = _opt(
+        0.9,
+        "stop when a larger share of the events is of items that data.items do not have, as where the ids of the "
+        "two are spelt differently",
+        low=0,
+        high=1,
+    )
     pseudonym_key: str = _opt(
         "",
         "name of the environment variable that holds a secret; user ids are then replaced by their HMAC-SHA256 under "

@@ -78,10 +78,12 @@ def corpus_counts(
     num_items, num_cold, num_textless = items.agg(
         F.count(F.lit(1)), F.count_if(F.col("num_train") == 0), F.count_if(F.col("text") == "")
     ).first()
+    damaged = {"num_items_damaged": found_items.num_damaged} if found_items.num_damaged else {}
     return {
         "num_rows_read": found.num_read,
         "num_rows_bad": found.num_bad,
         "num_items_bad": found_items.num_bad,
+        **damaged,  # of the catalog's rows, with text that cannot be decoded
         "num_cleaned": cleaning[-1].left,
         "num_users": sum(shard.files["users"].num_rows for shard in written),
         "num_items": num_items,
@@ -167,6 +169,7 @@ def report(
         "shards": shard_list(written),
         "content": {
             "num_items_without_text": counts["num_items_without_text"],
+            **{key: counts[key] for key in ("num_items_damaged",) if key in counts},
             "vocab_size": counts["vocab_size"],
         },
     }

@@ -75,10 +75,15 @@ def build(
     listed = readers.read_items(spark, config.data, files).persist()
     if readers.item_files(files):
         hygiene.check_head(listed, "catalog")
-    found_items = hygiene.profile(listed.select("reason", F.lit("").alias("event"), F.lit(1).alias("num")))
+    found_items = hygiene.catalog_profile(listed)
     progress(f"catalog: {found_items}")
     hygiene.check_bad_share(found_items, listed, "catalog", etl.max_bad_share)
+    hygiene.check_damaged_share(found_items, listed, config.data.encoding, etl.max_bad_share)
     texts = corpus.texts(listed)
+    if found_items.num_good:
+        known = hygiene.known(census, texts, etl.events)
+        progress(f"catalog: {known}")
+        hygiene.check_known(known, census, texts, etl.max_unknown_share)
     catalog = corpus.number_catalog(hygiene.items(census, etl.events), texts, seed, stage / "catalog")
 
     # Which events count

@@ -29,6 +29,7 @@ from etl.rows import (
     to_events,
     to_items,
 )
+from etl.values import bad_csv_id, bad_json_id, plain_text
 
 MAPPED = ("csv", "jsonl", "parquet")
 
@@ -64,6 +65,7 @@ def mapped_events(spark: SparkSession, config: Config, files: list[Path]) -> Dat
     given = data.split_column if config.etl.split == "given" else ""
     columns = [data.user_column, data.item_column, data.time_column, data.event_column, given]
     rows = _mapped_rows(spark, data.format, data, files, [name for name in columns if name], "data.*_column")
+    rows = _with_bad_ids(rows, data.format, user_id=data.user_column, item_id=data.item_column)
     user_id, item_id, time = map(_field, columns[:3])
     event = _field(data.event_column) if data.event_column else None
     if not given:
@@ -80,8 +82,9 @@ def mapped_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFram
     columns = [data.item_column, *data.text_columns]
     format_ = data.items_format or data.format
     rows = _mapped_rows(spark, format_, data, files, columns, "data.item_column/text_columns")
+    rows = _with_bad_ids(rows, format_, item_id=data.item_column)
     types = rows.schema["row"].dataType
-    texts = [_text(_field(name), types[name].dataType) for name in data.text_columns]
+    texts = [plain_text(_field(name), types[name].dataType) for name in data.text_columns]
     return to_items(rows, _field(data.item_column), texts)
 
 
@@ -91,8 +94,8 @@ def _mapped_rows(
     if format_ == "parquet":
         return parquet_rows(spark, files, columns, setting)
     if format_ == "csv":
-        return csv_rows(spark, files, columns, setting, data.delimiter, data.multiline)
-    return json_rows(read_lines(spark, files), _strings(columns))
+        return csv_rows(spark, files, columns, setting, data.delimiter, data.multiline, encoding=data.encoding)
+    return json_rows(read_lines(spark, files, encoding=data.encoding), _strings(columns))
 
 
 def _field(name: str) -> Column:
@@ -103,13 +106,16 @@ def _strings(names: Iterable[str]) -> T.StructType:
     return T.StructType([T.StructField(name, T.StringType()) for name in dict.fromkeys(names)])
 
 
-def _text(value: Column, type_: T.DataType) -> Column:
-    """A text of any value: lists are joined with spaces, also those that a string holds as JSON."""
-    if isinstance(type_, T.ArrayType):
-        return F.array_join(value.cast("array<string>"), " ")
-    text = value.cast("string")
-    listed = F.coalesce(F.array_join(F.from_json(text, "array<string>"), " "), text)
-    return F.when(text.startswith("["), listed).otherwise(text)
+def _with_bad_ids(rows: DataFrame, format_: str, **names: str) -> DataFrame:
+    """Gives rows a reason in `broken` whose ids are numbers of JSON or CSV that are none. `names`: user_id="column"."""
+    if format_ == "parquet":  # where the types tell
+        return rows
+    reasons = []
+    for id_, name in names.items():
+        text, what = _field(name), id_.replace("_", " ")
+        csv = format_ == "csv"
+        reasons.append(bad_csv_id(text, what) if csv else bad_json_id(text, F.col("raw"), name, what))
+    return rows.withColumn("broken", F.coalesce("broken", *reasons))
 
 
 # --- the release of the ColaRec authors ---
@@ -121,7 +127,14 @@ def colarec_events(spark: SparkSession, config: Config, files: list[Path]) -> Da
     for file in (file for file in files if file.name in COLAREC_SPLITS):
         split = COLAREC_SPLITS[file.name]
         time = ["time"] if split == schema.TRAIN else []
-        rows = csv_rows(spark, [file], ["user_id", "item_id", *time], "data.format = 'colarec'", among=files)
+        rows = csv_rows(
+            spark,
+            [file],
+            ["user_id", "item_id", *time],
+            "data.format = 'colarec'",
+            among=files,
+            encoding=config.data.encoding,
+        )
         parts.append(
             to_events(
                 rows,
@@ -138,7 +151,7 @@ def colarec_events(spark: SparkSession, config: Config, files: list[Path]) -> Da
 def colarec_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFrame:
     """One JSON object keyed by item id, over many lines, with the text under "content". Checked against the release."""
     (file,) = (file for file in files if file.name == COLAREC_ITEMS)
-    whole = read_lines(spark, [file], files, whole=True)
+    whole = read_lines(spark, [file], files, whole=True, encoding=data.encoding)
     items = F.from_json("raw", "map<string, struct<content: string>>")
     rows = whole.select("block", F.explode_outer(items).alias("item_id", "item"))
     broken = F.when(F.col("item_id").isNull(), F.lit("not one JSON object"))
@@ -157,7 +170,7 @@ def otto_events(spark: SparkSession, config: Config, files: list[Path]) -> DataF
     """
     event = T.ArrayType(_strings(["aid", "ts", "type"]))
     session = T.StructType([*_strings(["session"]).fields, T.StructField("events", event)])
-    lines = json_rows(read_lines(spark, files), session)
+    lines = json_rows(read_lines(spark, files, encoding=config.data.encoding), session)
     # Columns of their own, and the line only where nothing is read of it: what is here is repeated for each event.
     unread = F.col("broken").isNotNull() | (F.coalesce(F.size("row.events"), F.lit(0)) < 1)
     line = F.when(unread, F.col("raw")).alias("line")
@@ -181,15 +194,15 @@ def amazon_events(spark: SparkSession, config: Config, files: list[Path]) -> Dat
     timestamp (ms), or its k-core tables, CSV files with a header of these names. The files of ratings without a
     header, whose columns differ from release to release, are not read. Checked against published examples.
     """
-    columns = ["user_id", "parent_asin", "timestamp"]
+    columns, encoding = ["user_id", "parent_asin", "timestamp"], config.data.encoding
     csv_files = [file for file in files if first_line(file).startswith("user_id,")]
     json_files = [file for file in files if file not in csv_files]
     parts = []
     if csv_files:
-        parts.append(csv_rows(spark, csv_files, columns, "data.format = 'amazon'", among=files))
+        parts.append(csv_rows(spark, csv_files, columns, "data.format = 'amazon'", among=files, encoding=encoding))
     if json_files:
         fields = _strings(["reviewerID", "asin", "unixReviewTime", *columns])
-        rows = json_rows(read_lines(spark, json_files, files), fields)
+        rows = json_rows(read_lines(spark, json_files, files, encoding=encoding), fields)
         # asin is there in 2023 too, of a variant of the parent, which the metadata describe.
         user_id = F.coalesce("row.user_id", "row.reviewerID").alias("user_id")
         item_id = F.coalesce("row.parent_asin", "row.asin").alias("parent_asin")
@@ -211,9 +224,9 @@ def amazon_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFram
     json_files = [file for file in files if file not in literal_files]
     parts = []
     if literal_files:
-        parts.append(_literal_rows(read_lines(spark, literal_files, files)))
+        parts.append(_literal_rows(read_lines(spark, literal_files, files, encoding=data.encoding)))
     if json_files:
-        parts.append(_metadata_rows(read_lines(spark, json_files, files)))
+        parts.append(_metadata_rows(read_lines(spark, json_files, files, encoding=data.encoding)))
     texts = [F.col(name) for name in ("title", "brand", "categories")]
     items = [to_items(rows, F.col("item_id"), texts) for rows in parts]
     return functools.reduce(DataFrame.unionByName, items)
@@ -272,7 +285,8 @@ def foodcom_events(spark: SparkSession, config: Config, files: list[Path]) -> Da
 
     Reviews have line breaks, so that the file is read by one task. Checked against published examples.
     """
-    rows = csv_rows(spark, files, ["user_id", "recipe_id", "date"], "data.format = 'foodcom'", multiline=True)
+    columns, encoding = ["user_id", "recipe_id", "date"], config.data.encoding
+    rows = csv_rows(spark, files, columns, "data.format = 'foodcom'", multiline=True, encoding=encoding)
     return to_events(rows, F.col("row.user_id"), F.col("row.recipe_id"), F.col("row.date"), "iso")
 
 
@@ -282,7 +296,7 @@ def foodcom_items(spark: SparkSession, data: Data, files: list[Path]) -> DataFra
     Tags are words as a Python list, ['15-minutes-or-less', 'easy']. Checked against published examples.
     """
     columns = ["id", "name", "description", "tags"]
-    rows = csv_rows(spark, files, columns, "data.format = 'foodcom'", multiline=True)
+    rows = csv_rows(spark, files, columns, "data.format = 'foodcom'", multiline=True, encoding=data.encoding)
     tags = F.translate("row.tags", "[]'\",", "")
     return to_items(rows, F.col("row.id"), [F.col("row.name"), F.col("row.description"), tags])
 

@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from contract.settings import Etl
+from etl.values import REPLACEMENT
 
 MS_PER_DAY = 86_400_000
 FIRST_MS = 788_918_400_000  # 1995-01-01: no shop's log is older
@@ -20,6 +21,7 @@ MAX_EVENT_TYPES = 127  # an event is an int8
 MAX_GROUPS = 1000  # reasons and event types that are counted; a log has a dozen
 PROBE_ROWS = 1000
 MIN_KEY_BYTES = 16
+LOUD_SHARE = 0.5  # of events on unknown items, or of items without events: said as a warning
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Profile:
     num_read: int
     bad: dict[str, int]  # reason -> rows
     num_by_event: dict[str, int]  # of the good rows; "" stands for those without a type
+    num_damaged: int = 0  # good rows of the catalog, some of whose text could not be decoded
 
     @property
     def num_bad(self) -> int:
@@ -41,8 +44,32 @@ class Profile:
     def __str__(self) -> str:
         parts = [f"{self.num_read:,} rows"]
         parts += [f"{num:,} {name}" for name, num in self.num_by_event.items() if name]
+        parts += [f"{self.num_damaged:,} with text that cannot be decoded"] if self.num_damaged else []
         parts += [f"{self.num_bad:,} bad, in quarantine"] if self.bad else []
         return ", ".join([*parts, *(f"{num:,} {reason}" for reason, num in self.bad.items())])
+
+
+@dataclass(frozen=True)
+class Known:
+    """How far the log and the catalog are about the same items; events are good rows of the wanted types."""
+
+    num_events: int
+    num_known_events: int  # whose item is in the catalog
+    num_items: int  # of the catalog
+    num_items_with_events: int
+
+    @property
+    def num_unknown_events(self) -> int:
+        return self.num_events - self.num_known_events
+
+    def __str__(self) -> str:
+        of_events = f"{self.num_known_events:,} of {self.num_events:,} events are of items in the catalog"
+        of_items = f"{self.num_items_with_events:,} of its {self.num_items:,} items have events"
+        loud = (
+            self.num_unknown_events > LOUD_SHARE * self.num_events
+            or self.num_items_with_events < (1 - LOUD_SHARE) * self.num_items
+        )
+        return f"{'WARNING: only ' if loud else ''}{of_events}, {of_items}"
 
 
 def mark_bad(log: DataFrame, time_unit: str, now_ms: int) -> DataFrame:
@@ -125,12 +152,79 @@ def check_bad_share(found: Profile, rows: DataFrame, what: str, max_bad_share: f
     )
 
 
+def catalog_profile(catalog: DataFrame) -> Profile:
+    """`profile` of the items' table, with the texts that hold U+FFFD: decoders put it where they cannot decode."""
+    is_good = F.col("reason").isNull()
+    damaged = F.count_if(is_good & F.contains("text", F.lit(REPLACEMENT))).alias("damaged")
+    groups = catalog.groupBy("reason").agg(F.count(F.lit(1)).alias("num"), damaged).collect()
+    bad = sorted((g for g in groups if g.reason is not None), key=lambda g: (-g.num, g.reason))
+    num_good = sum(g.num for g in groups if g.reason is None)
+    return Profile(
+        num_read=sum(g.num for g in groups),
+        bad={g.reason: g.num for g in bad},
+        num_by_event={"": num_good} if num_good else {},
+        num_damaged=sum(g.damaged for g in groups),
+    )
+
+
+def check_damaged_share(found: Profile, catalog: DataFrame, encoding: str, max_bad_share: float) -> None:
+    """Raises ValueError, with an example, when too many of the catalog's texts cannot be decoded."""
+    if found.num_damaged <= max_bad_share * found.num_good:
+        return
+    is_damaged = F.col("reason").isNull() & F.contains("text", F.lit(REPLACEMENT))
+    first = (
+        catalog.where(is_damaged).agg(F.min_by(F.struct("item_id", F.substring("text", 1, 200)), "order")).first()[0]
+    )
+    share = found.num_damaged / found.num_good
+    raise ValueError(
+        f"{found.num_damaged:,} of the {found.num_good:,} texts of the catalog hold what cannot be decoded in "
+        f"{encoding} ({share:.2%}), at most {max_bad_share:.2%} may (etl.max_bad_share), such as: "
+        f"{first[0]}: {first[1]}\nset data.encoding (latin-1, cp1252, ...), mend the files, or raise etl.max_bad_share"
+    )
+
+
+def known(census: DataFrame, texts: DataFrame, wanted: tuple[str, ...]) -> Known:
+    """How many of the events are of items in `texts` (item_id, text), and how many of these have events."""
+    good = census.where(F.col("reason").isNull())
+    good = good.where(F.col("event").isin(*wanted)) if wanted else good
+    by_item = good.groupBy("item_id").agg(F.sum("num").alias("num"))
+    listed = texts.select("item_id", F.lit(True).alias("listed"))
+    is_known = F.col("listed").isNotNull()
+    num = F.coalesce("num", F.lit(0))
+    counts = by_item.join(listed, "item_id", "full").agg(
+        F.sum(num), F.sum(F.when(is_known, num)), F.count("listed"), F.count_if(is_known & (num > 0))
+    )
+    return Known(*(int(value or 0) for value in counts.first()))
+
+
+def check_known(found: Known, census: DataFrame, texts: DataFrame, max_unknown_share: float) -> None:
+    """Raises ValueError, with ids of either side, when hardly any event is of an item in the catalog."""
+    if found.num_unknown_events <= max_unknown_share * found.num_events:
+        return
+    of_log = census.where(F.col("reason").isNull()).select("item_id").distinct()
+    sides = (of_log.join(texts, "item_id", "left_anti"), texts)
+    firsts = [side.select("item_id").orderBy("item_id").limit(3).collect() for side in sides]
+    in_log, in_catalog = (", ".join(row.item_id for row in rows) for rows in firsts)
+    share = found.num_unknown_events / found.num_events
+    raise ValueError(
+        f"{found.num_unknown_events:,} of the {found.num_events:,} events are of items that the catalog does not have "
+        f"({share:.2%}), at most {max_unknown_share:.2%} may be (etl.max_unknown_share); items of the log: {in_log}; "
+        f"of the catalog: {in_catalog}\nmend the ids or data.item_column, leave data.items empty, or raise "
+        "etl.max_unknown_share"
+    )
+
+
 def event_types(found: Profile, wanted: tuple[str, ...]) -> list[str]:
     """The types to keep, weakest first: `wanted`, or all that occur in the order of their names.
 
     Raises:
         ValueError: none of the good rows is of a wanted type, or there are more types than an int8 holds.
     """
+    for name in wanted:
+        if (whole := name.partition(".")[0]).isdecimal() and name.rstrip("0") == f"{whole}.":
+            raise ValueError(
+                f"etl.events has {name!r}: whole numbers are read as {whole!r} whatever their type; write that"
+            )
     types = list(wanted) or [name for name in found.num_by_event if name]
     if len(types) > MAX_EVENT_TYPES:
         raise ValueError(

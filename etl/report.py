@@ -37,7 +37,8 @@ def write_report(report: dict, folder: Path) -> None:
         split {method, num_train, num_valid, num_test, num_users, num_items, num_cold_items, num_cold_users,
             first_valid_ts and first_test_ts (ms or None), leak_check: what was found}
         shards {split: [{file, num_users, num_events}]}
-        content {num_items_without_text, vocab_size, tokens_per_item [[low, num]]}
+        content {num_items_without_text, num_items_damaged (rows of the catalog, if any, with text that cannot be
+            decoded), vocab_size, tokens_per_item [[low, num]]}
     """
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "report.html").write_text(page(report), encoding="utf-8")
@@ -172,6 +173,10 @@ def content(found: dict | None) -> str:
     if not found:
         return ""
     told = f"{found['num_items_without_text']:,} items have no text; the vocabulary has {found['vocab_size']:,} pieces."
+    if damaged := found.get("num_items_damaged"):
+        told += (
+            f" {damaged:,} rows of the catalog hold text that cannot be decoded, shown as \ufffd: set data.encoding."
+        )
     bins = found.get("tokens_per_item")
     panel = f"<div><h3>Tokens per item</h3>{histogram(bins, 'items', 'tokens')}</div>" if bins else ""
     return f'<p>{told}</p><div class="pair">{panel}</div>'

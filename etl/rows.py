@@ -13,6 +13,7 @@ row as a whole, or null) and `raw`, and with the fields of the format.
 """
 
 import bisect
+import codecs
 import csv
 import functools
 import io
@@ -28,6 +29,8 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from etl.values import REPLACEMENT, bad_id, bad_text, event_text, id_text
+
 EVENTS = ("user_id", "item_id", "ts", "event", "split", "order", "reason", "raw")
 ITEMS = ("item_id", "text", "order", "reason", "raw")
 
@@ -38,9 +41,9 @@ MAX_GRANULES = 1 << (63 - ROW_BITS)
 # Milliseconds in one unit of data.time_unit, as a fraction.
 _MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "order": (1, 1)}
 MAX_DOUBLE_AS_LONG = 2.0**62
+UTF8 = "utf-8"  # the default of data.encoding
 _CORRUPT = "_corrupt"
 _END = "_end_of_line"
-_REPLACEMENT = "\ufffd"  # what decoders put in the place of bytes that are not UTF-8
 
 
 # --- the order of the input ---
@@ -115,14 +118,22 @@ def _with_block(scan: DataFrame, columns: list[Column], among: list[Path]) -> Da
 
 
 def read_lines(
-    spark: SparkSession, files: list[Path], among: list[Path] | None = None, whole: bool = False
+    spark: SparkSession,
+    files: list[Path],
+    among: list[Path] | None = None,
+    whole: bool = False,
+    encoding: str = UTF8,
 ) -> DataFrame:
     """raw string, block; blank lines are no rows. Plain text, or packed as .gz, .zst or what else Hadoop knows.
 
     `among`: all files of the table, where `files` are but some of them. `whole`: each file is one row.
     """
+    if not whole:
+        _refuse_utf16(files[0])
     scan = spark.read.text(_unglobbed(files), wholetext=whole)
     rows = _with_block(scan, [F.col("value").alias("raw")], among or files)
+    if not is_utf8(encoding):
+        rows = rows.withColumn("raw", decoded(F.col("raw").cast("binary"), encoding))
     return rows.where(F.trim("raw") != "")
 
 
@@ -146,6 +157,7 @@ def csv_rows(
     delimiter: str = ",",
     multiline: bool = False,
     among: list[Path] | None = None,
+    encoding: str = UTF8,
 ) -> DataFrame:
     """CSV with a header, the same in all files; quotes in a quoted field are doubled.
 
@@ -155,19 +167,29 @@ def csv_rows(
     Raises:
         ValueError: a file has another header, or a column (named in `setting`) is missing.
     """
-    names, header = _csv_header(files, delimiter)
+    names, header = _csv_header(files, delimiter, encoding)
     require(columns, names, files[0], setting)
     # Columns by position: a header may hold names that are empty, or differ in nothing but case.
     schema = ", ".join([*(f"c{index} STRING" for index in range(len(names))), f"{_CORRUPT} STRING"])
     options = {"sep": delimiter, "escape": '"', "mode": "PERMISSIVE", "columnNameOfCorruptRecord": _CORRUPT}
     if multiline:
-        scan = spark.read.csv(_unglobbed(files), schema, header=True, multiLine=True, **options)
+        # Spark decodes few encodings; as Latin-1, one character a byte, it keeps the bytes of the others.
+        charset = "utf-8" if is_utf8(encoding) else "iso-8859-1"
+        scan = spark.read.csv(_unglobbed(files), schema, header=True, multiLine=True, encoding=charset, **options)
         parsed = _with_block(scan, [F.struct("*").alias("parsed")], among or files)
+        if not is_utf8(encoding):
+            fields = [decoded(F.col(f"parsed.{name}"), encoding).alias(name) for name in scan.columns]
+            parsed = parsed.withColumn("parsed", F.struct(*fields))
     else:
-        lines = read_lines(spark, files, among).where(F.col("raw") != F.lit(header))
+        lines = read_lines(spark, files, among, encoding=encoding)
+        # The header has been decoded in Python.
+        line = F.make_valid_utf8("raw") if REPLACEMENT in header else F.col("raw")
+        lines = lines.where(line != F.lit(header))
         parsed = lines.select(F.from_csv("raw", schema, options).alias("parsed"), "block", "raw")
     row = F.struct(*(F.col(f"parsed.c{names.index(name)}").alias(name) for name in dict.fromkeys(columns)))
     broken = F.when(F.col(f"parsed.{_CORRUPT}").isNotNull(), F.lit(f"not {len(names)} CSV fields"))
+    if not multiline:
+        broken = broken.when(_open_quote(row, columns), F.lit("a quote that is not closed (data.multiline)"))
     raw = F.coalesce(f"parsed.{_CORRUPT}", F.to_json(row)) if multiline else F.col("raw")
     return parsed.select(row.alias("row"), "block", broken.alias("broken"), raw.alias("raw"))
 
@@ -186,10 +208,21 @@ def parquet_rows(spark: SparkSession, files: list[Path], columns: list[str], set
     return rows.select("row", "block", nothing.alias("broken"), F.to_json("row").alias("raw"))
 
 
-def first_line(file: Path) -> str:
+def first_line(file: Path, encoding: str = UTF8) -> str:
     """The first line of a text file, also of a compressed one, without its end and a byte order mark."""
-    with io.TextIOWrapper(pa.input_stream(str(file)), "utf-8-sig", errors="replace") as text:
+    encoding = "utf-8-sig" if is_utf8(encoding) else encoding
+    with io.TextIOWrapper(pa.input_stream(str(file)), encoding, errors="replace") as text:
         return text.readline().rstrip("\r\n")
+
+
+def _refuse_utf16(file: Path) -> None:
+    """Raises ValueError for a file in UTF-16 or UTF-32, in which every other byte of ASCII is 0."""
+    try:
+        line = first_line(file)
+    except (OSError, ValueError):  # damaged: Spark's error tells where
+        return
+    if "\0" in line[:1000]:
+        raise ValueError(f"{file} is not text, or in UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 old > new")
 
 
 def require(columns: list[str], available: list[str], file: Path, setting: str) -> None:
@@ -209,16 +242,39 @@ def _unglobbed(files: list[Path]) -> list[str]:
     return [re.sub(r"[\\\[\]{}*?]", r"\\\g<0>", str(file)) for file in files]
 
 
-def _csv_header(files: list[Path], delimiter: str) -> tuple[list[str], str]:
+def _csv_header(files: list[Path], delimiter: str, encoding: str) -> tuple[list[str], str]:
     """(names, line). Empty files, which some writers leave, have no header."""
     first, *rest = [file for file in files if file.stat().st_size] or files[:1]
-    header = first_line(first)
+    _refuse_utf16(first)
+    header = first_line(first, encoding)
     for file in rest:
-        if (other := first_line(file)) != header:
+        if (other := first_line(file, encoding)) != header:
             raise ValueError(
                 f"the CSV header of {file} ({other}) is not that of {first} ({header}); make them the same"
             )
     return [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])], header
+
+
+def _open_quote(row: Column, columns: list[str]) -> Column:
+    """Whether a field that is read begins with a quote that no other quote of the line closes: it is cut off there."""
+    begins = (F.coalesce(row[name].startswith('"'), F.lit(False)) for name in dict.fromkeys(columns))
+    num_quotes = F.length("raw") - F.length(F.replace(F.col("raw"), F.lit('"'), F.lit("")))
+    return functools.reduce(Column.__or__, begins) & (num_quotes % 2 == 1)
+
+
+def is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+
+
+def decoded(text: Column, encoding: str) -> Column:
+    """The text, of bytes or of a character for each byte (Latin-1), with U+FFFD for what cannot be decoded."""
+
+    @F.arrow_udf(T.StringType())
+    def decode(texts: pa.Array) -> pa.Array:
+        found = (text.encode("latin-1") if isinstance(text, str) else text for text in texts.to_pylist())
+        return pa.array([text if text is None else text.decode(encoding, "replace") for text in found], pa.string())
+
+    return decode(text)
 
 
 # --- the two tables ---
@@ -235,14 +291,16 @@ def to_events(
 ) -> DataFrame:
     """`EVENTS` of rows that hold one event each; rows without ids or with a time that cannot be read get a reason.
 
-    `time` is a number or a text in `unit`, or of one of Spark's types of time; None: the input has no times.
+    The ids and the event type are as etl.values has them, of any type. `time` is a number or a text in `unit`, or of
+    one of Spark's types of time; None: the input has no times.
     """
-    type_ = rows.select(_or_null(time).alias("time")).schema["time"].dataType
-    parsed = rows.select(
-        F.trim(user_id.cast("string")).alias("user_id"),
-        F.trim(item_id.cast("string")).alias("item_id"),
+    user, item, event_, type_ = _types(rows, user_id, item_id, _or_null(event), _or_null(time))
+    no_ids = F.coalesce(bad_id(user_id, user, "user id"), bad_id(item_id, item, "item id"))
+    parsed = rows.withColumn("broken", F.coalesce("broken", no_ids, _bad_event(event, event_))).select(
+        id_text(user_id, user).alias("user_id"),
+        id_text(item_id, item).alias("item_id"),
         milliseconds(_or_null(time), type_, unit).alias("ts"),
-        _or_null(event).cast("string").alias("event"),
+        event_text(_or_null(event), event_).alias("event"),
         _or_null(split).cast("byte").alias("split"),
         order().alias("order"),
         "broken",
@@ -257,9 +315,10 @@ def to_events(
 
 def to_items(rows: DataFrame, item_id: Column, texts: list[Column]) -> DataFrame:
     """`ITEMS` of rows that hold one item each. The texts are strings; null and empty ones are left out."""
-    text = F.concat_ws("\n", *(F.nullif(text, F.lit("")) for text in texts))
-    parsed = rows.select(
-        F.trim(item_id.cast("string")).alias("item_id"), text.alias("text"), order().alias("order"), "broken", "raw"
+    text = F.make_valid_utf8(F.concat_ws("\n", *(F.nullif(text, F.lit("")) for text in texts)))
+    (type_,) = _types(rows, item_id)
+    parsed = rows.withColumn("broken", F.coalesce("broken", bad_id(item_id, type_, "item id"))).select(
+        id_text(item_id, type_).alias("item_id"), text.alias("text"), order().alias("order"), "broken", "raw"
     )
     return _with_reason(parsed, F.coalesce("broken", _bad_id("item_id"))).select(*ITEMS)
 
@@ -272,7 +331,9 @@ def no_items(spark: SparkSession) -> DataFrame:
 def milliseconds(time: Column, type_: T.DataType, unit: str) -> Column:
     """Time as long ms, null where it cannot be read. The try_ functions: one bad row must not end the job."""
     if isinstance(type_, (T.TimestampType, T.TimestampNTZType, T.DateType)) or unit == "iso":
-        stamp = F.try_to_timestamp(time) if isinstance(type_, T.StringType) else time.cast("timestamp")
+        # Spark takes a time of the day, "12:30", for one of today.
+        dated = F.when(time.rlike(r"^\s*[+-]?[0-9]{4}"), time)
+        stamp = F.try_to_timestamp(dated) if isinstance(type_, T.StringType) else time.cast("timestamp")
         return F.unix_millis(stamp)
     text = F.trim(time.cast("string"))
     factor, divisor = _MS[unit]
@@ -287,9 +348,24 @@ def _or_null(column: Column | None) -> Column:
     return F.lit(None) if column is None else column
 
 
+def _types(rows: DataFrame, *columns: Column) -> list[T.DataType]:
+    return [field.dataType for field in rows.select(*(c.alias(str(n)) for n, c in enumerate(columns))).schema]
+
+
+def _bad_event(event: Column | None, type_: T.DataType) -> Column:
+    """The reason why there is no event type in it, or null. A truth value is one."""
+    if event is None or isinstance(type_, T.BooleanType):
+        return F.lit(None).cast("string")
+    if not isinstance(type_, T.StringType):
+        reason = bad_id(event, type_, "event type")
+        return F.when(~reason.endswith("a fraction"), reason)
+    unreadable = ~F.is_valid_utf8(event) | F.contains(event, F.lit(REPLACEMENT))
+    return F.coalesce(bad_text(event, "event type"), F.when(unreadable, F.lit("event type not in UTF-8")))
+
+
 def _bad_id(name: str) -> Column:
     """The reason why the id cannot be used, or null. Two ids that are not UTF-8 would look the same."""
-    readable = F.is_valid_utf8(name) & ~F.contains(F.col(name), F.lit(_REPLACEMENT))
+    readable = F.is_valid_utf8(name) & ~F.contains(F.col(name), F.lit(REPLACEMENT))
     missing = F.when(F.coalesce(F.col(name), F.lit("")) == "", F.lit(f"no {name.replace('_', ' ')}"))
     return missing.when(~readable, F.lit(f"{name.replace('_', ' ')} not in UTF-8"))
 

@@ -186,3 +186,14 @@ def test_our_own_bugs_keep_their_traceback():
 
     with pytest.raises(AssertionError):
         cli.run(main)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-32-le", "utf-7", "cp037", "rot13", "hex", "unicode_escape", "latin1 x", ""]
+)
+def test_encodings_that_do_not_extend_ascii_are_refused(tmp_path, encoding):
+    (tmp_path / "c.toml").write_text("")
+    with pytest.raises(ValueError, match=r"data\.encoding = .*: no encoding that extends ASCII, such as utf-8"):
+        config.load(str(tmp_path / "c.toml"), {"data.encoding": encoding})
+    for name in ("utf-8", "UTF8", "utf-8-sig", "ISO-8859-1", "windows-1252", "shift_jis", "gb18030"):
+        assert config.load(str(tmp_path / "c.toml"), {"data.encoding": name}).data.encoding == name

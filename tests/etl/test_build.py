@@ -297,6 +297,14 @@ def test_a_core_without_anybody_stops_the_job(tiny, tmp_path):
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
 
+def test_a_catalog_of_other_items_stops_the_job(tiny, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"2 of the 2 events .* \(100.00%\), at most 90.00% .*log: 0a, 0b; of the catalog: a\n"
+    ):
+        tiny("u,0a,1700000000\nu,0b,1700000001\n")
+    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
+
+
 def test_dry_run_names_what_is_missing_and_writes_nothing(tmp_path, capsys):
     build.main(["--config", DEMO, f"--data.path={tmp_path / 'no'}", f"--work={tmp_path / 'work'}", "--dry-run"])
     assert "items.jsonl   (missing)" in capsys.readouterr().out

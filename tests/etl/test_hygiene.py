@@ -95,6 +95,40 @@ def test_a_catalog_without_rows_has_no_bad_ones(log):
     hygiene.check_bad_share(hygiene.profile(hygiene.census(nothing)), nothing, "catalog", 0.01)
 
 
+CATALOG = "item_id string, text string, order long, reason string, raw string"
+
+
+def test_texts_that_cannot_be_decoded_are_counted_and_stop_above_a_share(spark):
+    rows = [(f"i{n}", "caf\ufffd" if n in (3, 4) else "caf\u00e9", n, "x" if n == 4 else None, "r") for n in range(6)]
+    table = spark.createDataFrame(rows, CATALOG)
+    found = hygiene.catalog_profile(table)
+    assert found == hygiene.Profile(6, {"x": 1}, {"": 5}, num_damaged=1)
+    assert str(found) == "6 rows, 1 with text that cannot be decoded, 1 bad, in quarantine, 1 x"
+    hygiene.check_damaged_share(found, table, "utf-8", 0.2)
+    with pytest.raises(
+        ValueError, match=r"1 of the 5 texts .* decoded in utf-8 \(20.00%\).* i3: caf\ufffd\nset data.enc"
+    ):
+        hygiene.check_damaged_share(found, table, "utf-8", 0.19)
+    assert hygiene.catalog_profile(table.limit(0)) == hygiene.Profile(0, {}, {})
+
+
+def test_a_log_and_a_catalog_of_different_items(log, spark):
+    rows = [("u", "7.0", 1, "view"), ("u", "7.0", 2, "view"), ("v", "a", 1, "view"), ("v", "b", 1, "cart")]
+    census = hygiene.census(log(*rows, ("w", "c", 1, "view"), bad={4: "no timestamp"}))
+    texts = spark.createDataFrame([("7", "T"), ("b", "B"), ("c", "C")], "item_id string, text string")
+    found = hygiene.known(census, texts, ())
+    assert found == hygiene.Known(num_events=4, num_known_events=1, num_items=3, num_items_with_events=1)
+    assert str(found) == ("WARNING: only 1 of 4 events are of items in the catalog, 1 of its 3 items have events")
+    assert str(hygiene.Known(4, 4, 2, 1)) == "4 of 4 events are of items in the catalog, 1 of its 2 items have events"
+    assert str(hygiene.Known(4, 4, 3, 1)).startswith("WARNING")
+    hygiene.check_known(found, census, texts, 0.75)
+    with pytest.raises(
+        ValueError, match=r"3 of the 4 events .* \(75.00%\).* of the log: 7.0, a; of the catalog: 7, b, c\n"
+    ):
+        hygiene.check_known(found, census, texts, 0.7)
+    assert hygiene.known(census, texts, ("view",)) == hygiene.Known(3, 0, 3, 0)
+
+
 def test_event_types():
     found = hygiene.Profile(9, {}, {"": 2, "cart": 3, "view": 4})
     assert hygiene.event_types(found, ()) == ["cart", "view"]
@@ -103,6 +137,8 @@ def test_event_types():
         ValueError, match=r"etl.events = \['gift'\].* the log holds: none \(2\), cart \(3\), view \(4\)"
     ):
         hygiene.event_types(found, ("gift",))
+    with pytest.raises(ValueError, match=r"etl.events has '5.0': whole numbers are read as '5'"):
+        hygiene.event_types(found, ("4.5", "5.0"))
     with pytest.raises(ValueError, match="128 event types, at most 127"):
         hygiene.event_types(hygiene.Profile(128, {}, {f"e{n}": 1 for n in range(128)}), ())
 

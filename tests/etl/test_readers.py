@@ -191,6 +191,7 @@ def test_parquet_keeps_typed_times(read):
     ("unit", "text", "ms"),
     [("ms", "1700000000123", 1_700_000_000_123), ("us", "1700000000123456", 1_700_000_000_123),
      ("iso", "2023-11-14T22:13:20Z", 1_700_000_000_000), ("iso", "2023-11-15 00:13:20+02:00", 1_700_000_000_000),
+     ("iso", "12:30:00", None), ("iso", "T10:00", None),
      ("s", "1.7e9", 1_700_000_000_000), ("s", "NaN", None), ("s", "99999999999999999999", None)],
 )  # fmt: skip
 def test_time_units(spark, unit, text, ms):
@@ -210,6 +211,66 @@ def test_item_texts_join_lists_and_leave_out_what_is_empty(read):
         "csv", interactions="log.csv", items="items.jsonl.zst", items_format="jsonl", text_columns="title,tags",
     )  # fmt: skip
     assert [i.text for i in items] == ["T\nx y z", "[not a list", "z"]
+
+
+# The last character of the Shift JIS ends with the byte of "|".
+ENCODED = {
+    "latin-1": "Caf\u00e9 \u00fc",
+    "cp1252": "\u20ac5 \u201cMat\u201d",
+    "shift_jis": "\u732b \u30dd",
+    "UTF8": "\u732b \u00e9",
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+@pytest.mark.parametrize("multiline", ["false", "true"])
+def test_texts_in_other_encodings(read, encoding, multiline):
+    text = ENCODED[encoding]
+    title = f'{text}\n"{text}"' if multiline == "true" else text
+    between = "," if multiline == "true" else "|"
+    catalog = f'item_id{between}{text}\n{text}{between}"{title.replace(chr(34), chr(34) * 2)}"\n'
+    line = json.dumps({"user_id": text, "item_id": text, "timestamp": 1}, ensure_ascii=False)
+    events, items = read(
+        {"log.jsonl": line.encode(encoding), "items.csv": catalog.encode(encoding)}, "jsonl",
+        interactions="log.jsonl", items="items.csv", items_format="csv", text_columns=text, delimiter=between,
+        multiline=multiline, encoding=encoding,
+    )  # fmt: skip
+    assert [(e.user_id, e.item_id, e.reason) for e in events] == [(text, text, None)]
+    assert [(i.item_id, i.text, i.reason) for i in items] == [(text, title, None)]
+
+
+def test_what_cannot_be_decoded_is_a_replacement_character_in_every_format(read):
+    damaged = b"item_id,title\na,caf\xe9\nb,x\n"
+    log = {"log.csv": "user_id,item_id,timestamp\nu,a,1\n"}
+    table = pa.table({"item_id": ["a"], "title": pa.array([b"caf\xe9"]).view(pa.string())})
+    contents = {
+        "1.csv": damaged, "2.csv": damaged, "3.csv": damaged.replace(b"\xe9", b"\x81"),
+        "4.jsonl": b'{"item_id": "a", "title": "caf\xe9"}', "5.parquet": table,
+    }  # fmt: skip
+    settings = {"2.csv": {"multiline": "true"}, "3.csv": {"encoding": "cp1252"}}
+    for name, content in contents.items():
+        _, items = read(
+            log | {name: content}, "csv",
+            interactions="log.csv", items=name, items_format=name.split(".")[1], **settings.get(name, {}),
+        )  # fmt: skip
+        assert (items[0].text, items[0].reason) == ("caf\ufffd", None)
+
+
+def test_utf_16_is_refused_with_the_remedy(read):
+    message = r"log is not text, or in UTF-16; convert it first: iconv -f UTF-16"
+    for format_, text in {"csv": "user_id,item_id,timestamp\nu,a,1\n", "jsonl": '{"user_id": "u"}\n'}.items():
+        with pytest.raises(ValueError, match=message):
+            read({"log": text.encode("utf-16")}, format_, interactions="log")
+
+
+def test_a_csv_text_that_goes_on_in_the_next_line_is_not_cut(read):
+    log = "user_id,item_id,timestamp\nu,a,1\n"
+    catalog = 'item_id,title\na,"two\nlines"\nb,5" nails\nc,"Weird" Al\n'
+    _, items = read({"log.csv": log, "items.csv": catalog}, "csv", interactions="log.csv", items="items.csv")
+    assert [(i.text, i.reason) for i in items] == [
+        ('"two', "a quote that is not closed (data.multiline)"), ("", "not 2 CSV fields"),
+        ('5" nails', None), ('"Weird" Al', None),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])

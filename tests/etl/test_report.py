@@ -166,6 +166,12 @@ def test_positions_are_not_shown_as_times():
     assert "1970" not in report.page(REPORT | {"time_unit": "order", "split": REPORT["split"] | {"first_valid_ts": 3}})
 
 
+def test_texts_that_cannot_be_decoded_are_told(page):
+    damaged = REPORT | {"content": REPORT["content"] | {"num_items_damaged": 1234}}
+    assert "1,234 rows of the catalog hold text that cannot be decoded" in report.page(damaged)
+    assert "decoded" not in page
+
+
 def test_days_become_weeks_and_months():
     def days(num: int) -> list[list]:
         first = datetime.date(2024, 1, 1)  # a Monday
