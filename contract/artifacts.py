@@ -232,7 +232,7 @@ def exclusively(output: Path, option: str) -> Iterator[None]:
 
 def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w") as stream:
+    with temporary.open("w", encoding="utf-8") as stream:  # as configs are read, whatever the locale
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
