@@ -3,8 +3,8 @@
     python -m contract.outbox WORK      sends what the stages of this work folder have left
 
 <work>/.mlflow-queue/<run_id>/ holds the records that MLflow has not confirmed, the tracking URI that they are for, and
-the files that are to become artifacts. Whoever sends them holds a lock on it. It disappears when all have arrived. Nobody
-but its owner can read it, or send it.
+the files that are to become artifacts. Whoever sends them holds a lock on it. It disappears when all have arrived.
+Nobody but its owner can read it, or send it.
 
 A record leaves the disk after MLflow has confirmed it, so one may be sent twice after a crash. MLflow takes the two
 for one: a metric by name, step, time and value, all of which the record holds; an artifact by its name.

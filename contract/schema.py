@@ -16,6 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from contract.files import follow_umask
+
 # Content token ids: the special tokens of T5; the pieces follow.
 PAD, EOS, UNK = 0, 1, 2
 
@@ -206,7 +208,7 @@ def _write_mapped(path: Path, column: str, num_items: int, folder: Path) -> None
             place = np.repeat(offsets[item_idx] - rows.offsets[:-1], rows.lengths)
             values[place + np.arange(len(rows.values))] = rows.values
         values.flush()
-        temporary.chmod(0o755)
+        follow_umask(temporary)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from contract import config as config_module
 from contract.artifacts import FREE_IN_TRAINING, git_revision, sha256, write_atomically
+from contract.files import follow_umask
 from contract.settings import Config
 from trainer import engine_state
 
@@ -310,6 +311,7 @@ def _gather_checksums(mine: dict[str, dict], device: torch.device) -> dict[str, 
 
 def _write_file(tensors: Rows, file: Path) -> None:
     safetensors.torch.save_file(tensors, file)
+    follow_umask(file)
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from contract.files import follow_umask
 from contract.metrics import ranking_metrics
 from contract.schema import Ragged
 from eval.baselines.ranking import Fit, LeftOut, Ranking, rank_by_product
@@ -214,6 +215,7 @@ def save(model: SASRec, epoch: int, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     safetensors.torch.save_file(model.state_dict(), temporary, metadata={"epoch": str(epoch)})
+    follow_umask(temporary)
     temporary.rename(file)
 
 
