@@ -38,6 +38,8 @@ def command(tmp_path):
     package = tmp_path / "deepspeed" / "launcher"
     package.mkdir(parents=True)
     (package / "launch.py").write_text(LAUNCHER)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()  # or DeepSpeed itself would come first
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "deepspeed").write_text(
         "import subprocess, sys\n"
