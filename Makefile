@@ -12,6 +12,9 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU),0)
   DEEPSPEED := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(DEEPSPEED) --num_accelerators $(RANKS)
 endif
 
+# Its command returns 0 when a part of it is killed: what a stage was to write is looked at before the next one.
+MADE := $(BIN)/python -m contract.made --since $(shell date +%s)
+
 # Threads that wait sleep rather than spin: beside another run on the same cores spinning made stages several times slower.
 export OMP_WAIT_POLICY ?= passive
 
@@ -38,7 +41,9 @@ run: setup  ## the four stages: make run CONFIG=configs/phone.toml ARGS="--train
 	$(BIN)/spark-submit $(SPARK) etl/build.py --config $(CONFIG) $(ARGS)
 	$(BIN)/python gid/build.py --config $(CONFIG) $(ARGS)
 	$(DEEPSPEED) trainer/main.py --config $(CONFIG) $(ARGS)
+	@$(MADE) model --config $(CONFIG) $(ARGS)
 	$(DEEPSPEED) eval/main.py --config $(CONFIG) $(ARGS)
+	@$(MADE) eval --config $(CONFIG) $(ARGS)
 	@echo "Compare runs in MLflow: make mlflow, then open $(MLFLOW_PAGE)"
 
 phone:  ## Amazon Cell Phones, see configs/phone.toml

@@ -16,7 +16,7 @@ import shutil
 
 from cluster.chain import Link, comment, run
 from cluster.sites import load
-from contract import cli
+from contract import cli, urls
 from contract import config as config_module
 from contract.artifacts import FREE_IN_TRAINING, open_artifact, write_atomically
 from contract.settings import Config
@@ -60,7 +60,7 @@ def overrides(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, st
     """{dotted key: text} of --SECTION.SETTING=VALUE; which are settings, the config knows."""
     for word in words:
         if not re.fullmatch(r"--\w+(\.\w+)?=.*", word, re.DOTALL):
-            parser.error(f"unrecognized argument: {word}")
+            parser.error(f"unrecognized argument: {urls.hidden(word)}")
     return dict(word.removeprefix("--").split("=", 1) for word in words)
 
 

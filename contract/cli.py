@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from contract import config as config_module
+from contract import urls
 from contract.settings import Config
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -64,7 +65,7 @@ def parse_more(
     overrides = {k.removeprefix("set "): v for k, v in vars(known).items() if k.startswith("set ") and v is not None}
     for word in unknown:
         if not (word.startswith("--") and "." in word):
-            parser.error(f"unrecognized argument: {word}")
+            parser.error(f"unrecognized argument: {urls.hidden(word)}")
         key, _, value = word.removeprefix("--").partition("=")
         overrides[key] = value  # refused by load, which names the nearest setting
     own = {name: value for name, value in vars(known).items() if not name.startswith("set ")}
@@ -87,7 +88,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     except USER_ERRORS as error:
         if RANK > 0:
             time.sleep(5)  # rank 0 meets the same error; let its message be the one that is read
-        message = textwrap.indent(str(error), "  ").lstrip()
+        # Of the settings themselves none holds a secret; what a library says of its own may.
+        message = textwrap.indent(urls.hidden(str(error)), "  ").lstrip()
         print(f"error: {message}", file=sys.stderr, flush=True)
         if os.environ.get("COLAREC_TRACEBACK"):
             raise

@@ -2,13 +2,18 @@
 
 import dataclasses
 import difflib
+import json
 import math
+import re
 import tomllib
 import types
 import typing
 from pathlib import Path
 
+from contract import files, urls
 from contract.settings import Config
+
+URLS = ("tracking.uri", "data.shards_url")  # settings that are URLs; others may hold one
 
 
 def fields(cls=Config, prefix: str = ""):
@@ -49,8 +54,8 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
     if not file.is_file():
         raise FileNotFoundError(f"config {path} does not exist; configs/ holds those that come with the project")
     try:
-        tables = tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = tomllib.loads(files.read_text(file))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one; so is a number of thousands of digits
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
     values = {"name": file.stem, **_flatten_toml(tables)}
     types_ = {key: (type_, f) for key, type_, f in fields()}
@@ -94,7 +99,8 @@ def toml_value(value) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        # JSON's strings are TOML's, but for one control character.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 
 
@@ -130,6 +136,8 @@ def _checked(key: str, value, type_, f):
             value = [float(v) if type(v) is int else v for v in value]
         if not isinstance(value, (list, tuple)) or not all(type(v) is element for v in value):
             raise ValueError(f"{key} = {value!r}: must be a list of {element.__name__}")
+        if element is float and not all(map(math.isfinite, value)):
+            raise ValueError(f"{key} = {list(value)}: must be finite numbers")
         choices = f.metadata["choices"]
         if choices and (unknown := [v for v in value if v not in choices]):
             raise ValueError(f"{key} = {list(value)}: {unknown[0]!r} is none of {', '.join(map(repr, choices))}")
@@ -138,6 +146,8 @@ def _checked(key: str, value, type_, f):
         value = float(value)
     if type(value) is not type_:
         raise ValueError(f"{key} = {value!r}: must be of type {type_.__name__}")
+    if type_ is float and not math.isfinite(value):
+        raise ValueError(f"{key} = {value}: must be a finite number")
     choices = f.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{key} = {value!r}: must be one of {', '.join(repr(c) for c in choices)}")
@@ -160,7 +170,11 @@ def _build(cls, values: dict, prefix: str = ""):
 
 
 def _check(config: Config) -> None:
-    """What concerns several settings at once. Raises ValueError."""
+    """What concerns several settings at once, and all texts. Raises ValueError."""
+    for key, value in flatten(config).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                _check_text(key, text)
     if not config.eval.cutoffs or min(config.eval.cutoffs) < 1:
         raise ValueError(f"eval.cutoffs = {list(config.eval.cutoffs)}: give at least one, all of them 1 or more")
     for name in ("hybrid", "neighbours"):
@@ -210,3 +224,14 @@ def _check_encoding(name: str) -> None:
             f"data.encoding = {name!r}: no encoding that extends ASCII, such as utf-8, latin-1 or cp1252; "
             "convert files in UTF-16 or UTF-32 first: iconv -f UTF-16 -t UTF-8 old > new"
         )
+
+
+def _check_text(key: str, text: str) -> None:
+    """What no setting may hold. Raises ValueError, without a secret in its message."""
+    if what := urls.secret(text, key in URLS):
+        raise ValueError(f"{key} holds {what}: {urls.REMEDY}")
+    if re.search("[\0\ud800-\udfff]", text):
+        raise ValueError(f"{key} = {text!r}: holds a NUL character or bytes that are not UTF-8, which no file can keep")
+    # They become names of folders, of jobs and of what MLflow shows.
+    if key.partition(".")[0] in ("name", "work", "tracking") and re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"{key} = {text!r}: holds a control character; leave it out")

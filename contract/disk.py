@@ -29,7 +29,7 @@ _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with temporary.open("w") as stream:
+        with temporary.open("w", encoding="utf-8") as stream:  # as configs are read, whatever the locale
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

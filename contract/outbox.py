@@ -4,6 +4,7 @@
 
 <work>/.mlflow-queue/<run_id>/ holds the records that MLflow has not confirmed, the tracking URI that they are for, and
 the files that are to become artifacts. Whoever sends them holds a lock on it. It disappears when all have arrived.
+Nobody but its owner can read it, or send it.
 
 A record leaves the disk after MLflow has confirmed it, so one may be sent twice after a crash. MLflow takes the two
 for one: a metric by name, step, time and value, all of which the record holds; an artifact by its name.
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from contract import cli
+from contract import cli, urls
 from contract.cli import Progress
 from contract.disk import opened, sealed, write_atomically
 
@@ -47,6 +48,7 @@ class Outbox:
         self._folder, self._uri, self._report = folder, uri, report
         self._handle = _locked(folder, wait)
         write_atomically(folder / URI, uri)
+        (folder / URI).chmod(0o600)
         self._lock, self._more, self._closing = threading.Lock(), threading.Event(), threading.Event()
         self._given_up = threading.Event()
         self._sent = 0  # bytes of the records that have arrived
@@ -82,6 +84,7 @@ class Outbox:
             os.link(path, place / path.name)
         except OSError:  # another file system, or one without hard links
             shutil.copyfile(path, place / path.name)
+            (place / path.name).chmod(0o600)
         self.put({"file": f"{place.name}/{path.name}", "folder": folder})
 
     def close(self) -> None:
@@ -145,7 +148,7 @@ class Outbox:
                     self._deliver([record])
                 return
             first = not (self._folder / REFUSED).exists()
-            with (self._folder / REFUSED).open("a") as stream:
+            with open(self._folder / REFUSED, "a", opener=_for_owner) as stream:
                 stream.write(json.dumps(records[0]) + "\n")
             if first:
                 self._report(f"MLflow refuses a record: {_reason(error)}; it is kept in {self._folder / REFUSED}")
@@ -226,7 +229,7 @@ def send(folder: Path, report: Callable[[str], None]) -> int:
         BlockingIOError: another process is at it.
         whatever MLflow raises: the rest stays.
     """
-    outbox = Outbox(folder, (folder / URI).read_text(), report, wait=False)
+    outbox = Outbox(folder, _uri(folder), report, wait=False)
     count = 0
     try:
         while sent := outbox.send_some():
@@ -236,12 +239,25 @@ def send(folder: Path, report: Callable[[str], None]) -> int:
     return count
 
 
+def _uri(folder: Path) -> str:
+    """The store that the records of a run are for. Queues of old versions may name it with a password."""
+    return urls.without_user((folder / URI).read_text())
+
+
+def _for_owner(path: str, flags: int) -> int:
+    """Opens a file that nobody else may read."""
+    return os.open(path, flags, 0o600)
+
+
 def _locked(folder: Path, wait: bool):
     """The file of records, open for appending and locked by this process."""
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = (folder / RECORDS).open("ab+", buffering=0)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.chmod(0o700)
+            handle = open(folder / RECORDS, "ab+", buffering=0, opener=_for_owner)  # noqa: SIM115 - the lock
+            os.fchmod(handle.fileno(), 0o600)
         except FileNotFoundError:  # removed since: all had arrived
             continue
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -270,7 +286,7 @@ def _is_refused(error: Exception, uri: str) -> bool:
 
 def _reason(error: Exception) -> str:
     """The first line; of a chain of HTTP errors what caused them."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = (urls.hidden(str(error)).splitlines() or [type(error).__name__])[0]
     return line.rpartition("(Caused by ")[2][:200]
 
 
@@ -286,7 +302,7 @@ def main(argv: list[str]) -> None:
     if not folders:
         return progress(f"nothing is left to send in {work}")
     for folder in (file.parent for file in folders):
-        uri = (folder / URI).read_text()
+        uri = _uri(folder)
         try:
             progress(f"sent {send(folder, progress)} records of run {folder.name} to {uri}")
         except BlockingIOError:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from contract import disk
+from contract.files import follow_umask
 
 # Content token ids: the special tokens of T5; the pieces follow.
 PAD, EOS, UNK = 0, 1, 2
@@ -223,7 +224,7 @@ def _write_mapped(path: Path, column: str, num_items: int, folder: Path) -> None
         values.flush()
         names = [f"{part}.npy" for part in _PARTS]
         disk.write_record(temporary / _FINGERPRINTS, {name: disk.fingerprint(temporary / name) for name in names})
-        temporary.chmod(0o755)
+        follow_umask(temporary)
         disk.remove(folder)  # damaged, or of a version that wrote no checksum
         temporary.rename(folder)
     finally:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contract import config as config_module
+from contract import urls
 from contract.artifacts import git_revision
 from contract.cli import RANK, Progress
 from contract.outbox import QUEUE, Outbox
@@ -59,7 +60,7 @@ class Run:
             with mlflow.start_run(self.run_id):
                 info = mlflow.pyfunc.log_model(name=name, registered_model_name=registered, **what)
         except mlflow.MlflowException as error:
-            reason = str(error).splitlines()[0]
+            reason = urls.hidden(str(error)).splitlines()[0]
             raise ConnectionError(f"MLflow at {mlflow.get_tracking_uri()} did not take the model: {reason}") from error
         return f"models:/{registered}/{info.registered_model_version}"
 
@@ -165,7 +166,7 @@ def _start(config: Config, stage: str) -> str:
         return run.info.run_id
     except Exception as error:  # each store raises its own kinds
         raise ConnectionError(
-            f"MLflow at {uri} cannot be used: {str(error).splitlines()[0]}\n"
+            f"MLflow at {uri} cannot be used: {(urls.hidden(str(error)).splitlines() or [type(error).__name__])[0]}\n"
             "start it, or choose another with --tracking.uri=sqlite:///runs/mlflow.db"
         ) from error
 

@@ -121,6 +121,8 @@ def complete(config: Config, variant: Variant, its_config: Config, launcher: lis
         status = call(words, log, lambda line: progress.status(f"{variant.name}: {line}"))
         if status:
             return f"{PROGRAMS[stage]} ended with exit status {status}: {reason(log)}; see {log}"
+        if not is_there(its_config, stage):  # as when a launcher is killed, which then returns 0
+            return f"{PROGRAMS[stage]} ended without an error and without {work / stage}; see {log}"
     return ""
 
 

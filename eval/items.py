@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
+from contract import files
+
 TITLE_CHARS = 80  # corpus/ keeps no titles apart: one is the beginning of an item's text
 
 
@@ -89,8 +91,11 @@ def choose(names: ItemNames, only: str | None, exclude: str | None) -> np.ndarra
 
 
 def _read_ids(option: str, text: str) -> list[str]:
-    lines = Path(text).read_text().splitlines() if os.path.isfile(text) else text.split(",")
-    ids = [line.strip() for line in lines if line.strip()]
+    try:
+        lines = files.lines(Path(text)) if os.path.isfile(text) else text.split(",")
+        ids = [line.strip() for line in lines if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{option} {text} cannot be read: {error}") from None
     if not ids:
         raise ValueError(f"{option} {text}: there are no item ids")
     return ids

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from contract import disk
+from contract import disk, files
 from contract.schema import Ragged
 from eval.parts import ELSEWHERE
 from trainer.samples import Block
@@ -100,18 +100,18 @@ def _parquet_ids(file: Path) -> Iterator[pa.Array]:
 
 
 def _csv_ids(file: Path) -> Iterator[pa.Array]:
-    read = pyarrow.csv.ReadOptions(block_size=64 << 20)
     convert = pyarrow.csv.ConvertOptions(column_types={"user_id": pa.string()}, include_columns=["user_id"])
-    with pyarrow.csv.open_csv(file, read, convert_options=convert) as batches:
-        for batch in batches:
-            yield batch["user_id"]
+    with file.open("rb") as raw:
+        read = pyarrow.csv.ReadOptions(block_size=64 << 20, encoding=files.encoding(raw))
+        with pyarrow.csv.open_csv(raw, read, convert_options=convert) as batches:
+            for batch in batches:
+                yield batch["user_id"]
 
 
 def _text_ids(file: Path) -> Iterator[pa.Array]:
-    with file.open() as lines:
-        ids = filter(None, (line.strip() for line in lines))
-        while some := list(itertools.islice(ids, IDS_AT_ONCE)):
-            yield pa.array(some, pa.string())
+    ids = filter(None, (line.strip() for line in files.lines(file)))
+    while some := list(itertools.islice(ids, IDS_AT_ONCE)):
+        yield pa.array(some, pa.string())
 
 
 class Histories:

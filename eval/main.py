@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from contract import cli, disk, schema
-from contract.artifacts import ELSEWHERE, STAGES, Artifact, Output, open_artifact, stage_output
+from contract.artifacts import ELSEWHERE, STAGES, Artifact, Output, lock, open_artifact, stage_output
 from contract.cli import RANK, Progress
+from contract.settings import Config
 from contract.tracking import track
 from eval import explain, report, scoring, table
 from eval.users import read_eval_users
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
         reads = {need: config.work_dir / need for need in STAGES["eval"].needs}
         return cli.show_plan(config, reads, config.work_dir / "eval") if RANK == 0 else None
     inputs = {need: open_artifact(config, need) for need in STAGES["eval"].needs}
+    refuse_unfinished(config)
     progress = Progress("eval")
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(stage_output(config, "eval")) if RANK == 0 else None
@@ -70,6 +72,24 @@ def main(argv: list[str]) -> None:
             run.artifact(output.path / file)
         output.commit({"num_users": len(users)}, {name: artifact.digest for name, artifact in inputs.items()})
         progress(f"wrote {config.work_dir / 'eval'}\n\n{table.terminal(results)}")
+
+
+def refuse_unfinished(config: Config) -> None:
+    """Refuses a model that is being trained anew: a chain came here without the one that it waits for.
+
+    Raises:
+        BlockingIOError: a training is writing model/.
+        ValueError: one was interrupted.
+    """
+    if RANK == 0:
+        with lock(config, "model"):
+            pass
+    checkpoints = config.work_dir / "checkpoints"
+    if checkpoints.exists():
+        raise ValueError(
+            f"{config.work_dir / 'model'} is being trained anew, and {checkpoints} holds how far that came; go on with "
+            f"it: {STAGES['model'].command}, or delete the checkpoints to evaluate the model that is there"
+        )
 
 
 def recommend(

@@ -116,7 +116,7 @@ def gather(config: Config, inputs: dict[str, Artifact], folder: Path) -> None:
                 shutil.copytree(source, folder / need / name)
             elif source.is_file():  # a catalog without texts has no tokenizer, a gid/ may have no neighbours
                 shutil.copy(source, folder / need / name)
-    (folder / "config.toml").write_text(config_module.to_toml(config))
+    (folder / "config.toml").write_text(config_module.to_toml(config), encoding="utf-8")
 
 
 def requirements() -> list[str]:

@@ -32,6 +32,7 @@ from contract import config as config_module
 from contract.artifacts import ELSEWHERE, FREE_IN_TRAINING, git_revision
 from contract.cli import RANK
 from contract.disk import difference, fingerprint, read_record, write_record, writing
+from contract.files import follow_umask
 from contract.settings import Config
 from trainer import engine_state
 
@@ -344,6 +345,7 @@ def _gather_checksums(mine: dict[str, dict], device: torch.device) -> dict[str, 
 
 def _write_file(tensors: Rows, file: Path) -> None:
     safetensors.torch.save_file(tensors, file)
+    follow_umask(file)
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 

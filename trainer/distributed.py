@@ -15,6 +15,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from contract.settings import Config
 from trainer import engine_state
+from trainer.launcher import heed_launcher
 from trainer.watch import Watch
 
 
@@ -26,8 +27,9 @@ def process_group(timeout: int = 1800) -> Iterator[tuple[int, int, torch.device]
     has not joined after `timeout` seconds fails.
 
     Raises:
-        ConnectionError: another rank died or failed; the message says which and why.
+        ConnectionError: another rank died or failed; the message says which and why. Or the launcher is gone.
     """
+    heed_launcher()
     deepspeed_logger.setLevel("WARNING")
     # DeepSpeed calls collectives that torch has renamed; its users can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

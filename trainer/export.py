@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from contract.artifacts import Artifact
+from contract.files import follow_umask
 from contract.settings import Config
 from trainer.model import ColaRec, ColaRecConfig
 
@@ -19,7 +20,9 @@ def write_model(path: Path, weights: dict[str, torch.Tensor], config: ColaRecCon
     """config.json, model.safetensors and README.md, as `save_pretrained` would write them."""
     config.architectures = [ColaRec.__name__]
     config.save_pretrained(path)
-    safetensors.torch.save_file(weights, path / transformers.utils.SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+    file = path / transformers.utils.SAFE_WEIGHTS_NAME
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    follow_umask(file)
     (path / CARD).write_text(card)
 
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from contract.files import follow_umask
 from contract.metrics import ranking_metrics
 from contract.schema import Ragged
 from eval.baselines.ranking import Fit, LeftOut, Ranking, rank_by_product
@@ -219,6 +220,7 @@ def save(model: SASRec, epoch: int, file: Path) -> None:
     metadata = {"epoch": str(epoch), "checksum": _checksum(weights, epoch)}
     try:
         safetensors.torch.save_file(weights, temporary, metadata=metadata)
+        follow_umask(temporary)
         temporary.rename(file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -45,12 +45,46 @@ def test_the_profiles_that_come_with_the_project_fit_the_defaults(tmp_path, caps
         ("mounts = '/data'", "mounts = '/data': must be a list of texts"),
         ("runtime = 'docker'", "must be 'pyxis' or 'apptainer'"),
         ("x = ", "is not valid TOML"),
+        ("[train]\nhours = nan", "train.hours = nan: must be a finite number"),
+        ('account = "a\\u0007"', "account: 'a\\x07' holds a control character"),
+        ('modules = ["a\\nb"]', "modules: 'a\\nb' holds a control character"),
+        ('env = {A = "\\u0000"}', "env: '\\x00' holds a control character"),
+        ('env = {"A; touch x;" = "1"}', "env: 'A; touch x;' is no name of a variable"),
+        ('env = {"$(touch x)" = "1"}', "is no name of a variable"),
+        ('env = {"9A" = "1"}', "is no name of a variable"),
+        ('env = {"" = "1"}', "is no name of a variable"),
+        ('env = {"Ä" = "1"}', "is no name of a variable"),
+        ('env = {"A\\n" = "1"}', "is no name of a variable"),
+        ('env = {UID = "0"}', "UID is set by the jobs' script itself"),
+        (
+            'env = {MLFLOW_TRACKING_PASSWORD = "s3cr3t"}',
+            "MLFLOW_TRACKING_PASSWORD would be written into the jobs' files",
+        ),
+        ('env = {HF_TOKEN = "s3cr3t"}', "export it in the shell that submits"),
+        ('env = {AWS_SECRET_ACCESS_KEY = "s3cr3t", N = 3}', "env: must be a table of texts"),
+        ('env = {HTTPS_PROXY = "http://me:s3cr3t@proxy:3128"}', "env holds a name or a password before '@'"),
+        ('spark = ["--conf", "spark.hadoop.fs.s3a.secret.key=s3cr3t"]', "spark.hadoop.fs.s3a.secret.key would be"),
+        ('sbatch = ["--export=ALL,WANDB_API_KEY=s3cr3t"]', "WANDB_API_KEY would be written"),
     ],
 )
 def test_a_profile_that_is_wrong_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=r"profile .*site\.toml") as error:
         sites.load(write_profile(tmp_path, text))
     assert message in str(error.value)
+    assert "s3cr3t" not in str(error.value)
+
+
+def test_a_job_sets_no_variable_that_a_profile_may_set(tmp_path):
+    config = config_module.load(str(tmp_path / "run.toml"), {"work": str(tmp_path / "work")})
+    text = chain.Link(config, sites.load("cpu"), "train").settings()
+    names = [line.partition("=")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(names) > 10
+    for name in names:
+        with pytest.raises(ValueError, match=f"{name} is set by the jobs' script itself"):
+            sites.load(write_profile(tmp_path, f'env = {{{name} = "1"}}'))
+    env = {"TOKENIZERS_PARALLELISM": "false", "_A1": "tab\there\nand a line", "GOOGLE_APPLICATION_CREDENTIALS": "/f"}
+    lines = [f"{name} = {config_module.toml_value(value)}" for name, value in env.items()]
+    assert sites.load(write_profile(tmp_path, "[env]\n" + "\n".join(lines))).env == env
 
 
 def test_a_profile_that_is_not_there_names_those_that_are():

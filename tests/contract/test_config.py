@@ -1,11 +1,13 @@
 """Precedence, checking and round trip of the configuration, and the command line on top of it."""
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
 
 from contract import cli, config
+from contract.artifacts import write_atomically
 from contract.settings import Eval, Train
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,8 @@ def test_histories_are_sets_where_the_split_is_random(tmp_path, text, order):
         ("[loss]\nrec = 0\nindex = 0\nsoftmax = 0\ncontrastive = 0", {}, "nothing would be learned"),
         ("train = 3", {}, "unknown setting 'train'"),
         ("[train\n", {}, "is not valid TOML"),
+        (f"seed = {'1' * 5000}", {}, "is not valid TOML"),
+        (f"seed = {'[' * 5000}", {}, "is not valid TOML"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, text, overrides, message):
@@ -123,6 +127,60 @@ def test_a_written_config_loads_as_itself(tmp_path):
     written = tmp_path / "written.toml"
     written.write_text(config.to_toml(first))
     assert config.load(str(written)) == first
+
+
+ODD = [
+    *(
+        f"a{chr(code)}b"
+        for code in (*range(1, 32), *range(127, 161), 0xFEFF, 0x2028, 0x2029, 0xFFFE, 0x1F600, 0x10FFFF)
+    ),
+    *(
+        '"',
+        "'",
+        '"""',
+        "'" * 3,
+        "\\",
+        "\\\\",
+        '\\"',
+        "\\u0041",
+        "a\r\nb",
+        "\n[train]\nlr = 1",
+        "# x",
+        " x ",
+        "${X}",
+        "e\u0301",
+    ),
+]
+
+
+def test_every_config_that_is_written_loads_as_itself(tmp_path):
+    """Texts of all kinds, some at random, in settings that take any: what a job reads hours later."""
+    draw = random.Random(1)
+    first, written = config.load(write(tmp_path, "")), tmp_path / "written.toml"
+    pieces = [*ODD, *map(chr, draw.sample(range(0x20, 0xD800), 200))]
+    for texts in [ODD, *(["".join(draw.choices(pieces, k=20)) for _ in range(20)] for _ in range(5))]:
+        changed = config.replace(first, {"data.path": texts[0], "data.text_columns": tuple(texts)})
+        write_atomically(written, config.to_toml(changed))
+        assert config.load(str(written)) == changed
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("data.path", "a\0b", "holds a NUL character"),
+        ("data.items", "a,b\udce9", "bytes that are not UTF-8"),
+        ("name", "a\nb", "holds a control character"),
+        ("work", "runs/\x1b[2J", "holds a control character"),
+        ("tracking.experiment", "a\x7f", "holds a control character"),
+        ("train.lr", "inf", "must be a finite number"),
+        ("loss.rec", "1e999", "must be a finite number"),
+        ("etl.split_shares", "0.8,nan,0.2", "must be finite numbers"),
+        ("etl.event_weights", "1,nan", "must be finite numbers"),
+    ],
+)
+def test_what_no_file_could_keep_is_refused_before_it_is_written(tmp_path, key, text, message):
+    with pytest.raises(ValueError, match=f"^{key} = .*{message}"):
+        config.load(write(tmp_path, ""), {"etl.events": "a,b", key: text})
 
 
 def test_a_section_is_json_ready_and_complete(tmp_path):

@@ -9,10 +9,10 @@ import mlflow
 import pyarrow.parquet as pq
 import pytest
 
-from contract.cli import Preempted
+from contract.cli import Preempted, Progress
 from contract.config import to_toml
 from eval import variants
-from eval.ablate import main
+from eval.ablate import complete, main
 from tests import tiny
 from trainer.main import main as train
 from trainer.training import Training
@@ -115,3 +115,11 @@ def test_gids_must_be_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run first: python gid/build\.py"):
         main(["--config", str(tmp_path / "tiny.toml"), f"--work={config.work_dir}"])
     assert not (config.work_dir / "ablations").exists()
+
+
+def test_a_launcher_that_ends_without_the_model_and_without_an_error_has_failed(experiment):
+    """DeepSpeed's does so when a part of it is killed."""
+    config, _ = experiment
+    (_, variant) = variants.choose(config, "no_index")
+    problem = complete(config, variant, variants.variant_config(config, variant), ["true"], Progress("ablate"))
+    assert "trainer/main.py ended without an error and without " in problem

@@ -9,10 +9,10 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from contract.artifacts import open_artifact
+from contract.artifacts import open_artifact, stage_output
 from contract.config import to_toml
 from contract.settings import BASELINES
-from eval.main import main
+from eval.main import main, refuse_unfinished
 from tests import tiny
 from trainer.main import main as train
 
@@ -116,3 +116,14 @@ def test_dry_run_writes_nothing(trained, capsys):
     assert "beams = 33" in output
     assert f"writes              {config.work_dir / 'eval'}" in output
     assert not (config.work_dir / "eval").exists()
+
+
+def test_a_model_that_is_being_trained_anew_is_refused(tmp_path):
+    """As when the launcher of its training was killed, and told the chain of no error."""
+    config = tiny.tiny_config(tmp_path / "work")
+    with stage_output(config, "model"), pytest.raises(BlockingIOError, match=r"another run is writing .*work/model"):
+        refuse_unfinished(config)
+    refuse_unfinished(config)
+    (config.work_dir / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"is being trained anew, and .*/checkpoints holds how far that came"):
+        refuse_unfinished(config)

@@ -113,6 +113,8 @@ def test_a_trained_model_is_kept_and_not_trained_again(fit, tmp_path):
     assert "as trained before" in said[-1]
     [file] = kept.cache.iterdir()
     assert file.suffix == ".safetensors"
+    (tmp_path / "any").touch()
+    assert file.stat().st_mode == (tmp_path / "any").stat().st_mode, "colleagues use it, too"
 
     sasrec.sasrec(dataclasses.replace(kept, digest="b"), fit.valid, 5, True)
     assert len(list(kept.cache.iterdir())) == 2, "another corpus is another model"

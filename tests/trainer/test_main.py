@@ -14,6 +14,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from contract import cli
 from contract.config import to_toml
+from contract.outbox import QUEUE
 from tests import tiny
 from tests.trainer import runs
 from trainer.main import main
@@ -55,6 +56,17 @@ def weights(work):
     return safetensors.torch.load_file(work.parent / "work" / "model" / "model.safetensors")
 
 
+def modes(folder):
+    """Of all files and folders that colleagues may have to read."""
+    return {(path.is_dir(), path.stat().st_mode & 0o777) for path in folder.rglob("*") if QUEUE not in path.parts}
+
+
+def usual_modes(folder):
+    (folder / "any folder").mkdir(exist_ok=True)
+    (folder / "any file").touch()
+    return {(path.is_dir(), path.stat().st_mode & 0o777) for path in folder.glob("any *")}
+
+
 def losses(output):
     return [float(x) for x in re.findall(r"samples/s .* loss (\d+\.\d+)$", output, re.MULTILINE)]
 
@@ -64,12 +76,14 @@ def test_resume_after_a_kill_equals_the_unbroken_run(work, train):
     assert code == 0, output
     assert len(losses(output)) == 22
     unbroken = weights(work)
+    assert modes(work.parent / "work") == usual_modes(work.parent)
 
     [process] = start(work, "--train.save_every=4")
     for line in process.stdout:
         if "step 7/22" in line:
             process.kill()
     process.wait()
+    assert modes(work.parent / "work" / "checkpoints") == usual_modes(work.parent)
     first = work.parent / "work" / "model"
     assert json.loads((first / "manifest.json").read_text())["counts"]["step"] == 22  # the finished model stands
 
