@@ -253,7 +253,8 @@ def test_a_log_needs_no_catalog(read):
 def test_each_file_is_found_once_and_files_of_spark_are_not(tmp_path):
     for name in ("b.csv", "a/1.csv", "a/_SUCCESS", "a/_delta_log/0.json", "a/.1.csv.crc", "c.gz", "d.parquet"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("12345")
+        magic = {"c.gz": b"\x1f\x8b", "d.parquet": b"PAR1"}.get(name, b"")
+        (tmp_path / name).write_bytes(magic + b"12345"[len(magic) :])
     data = Data(format="csv", path=str(tmp_path), interactions=("b.csv", "a", "*/1.csv", "c.gz"))
     found = readers.input_files(data)
     assert found == {"data.interactions": [tmp_path / name for name in ("a/1.csv", "b.csv", "c.gz")], "data.items": []}
