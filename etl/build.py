@@ -20,10 +20,12 @@ from pyspark.sql import functions as F
 from contract import schema
 from contract.artifacts import MAX_BYTES_HASHED_ON_OPEN, sha256, stage_output
 from contract.cli import Progress, parse, run, show_plan
+from contract.disk import on_disk
 from contract.settings import Config
 from contract.spark import spark_session
 from contract.tracking import track
 from etl import account, blocks, content, corpus, hygiene, readers, report, split
+from etl import files as input_files
 from etl.kcore import k_core
 from etl.tasks import check_shared, remove_folder
 
@@ -31,15 +33,19 @@ from etl.tasks import check_shared, remove_folder
 def main(argv: list[str]) -> None:
     config, dry_run = parse(argv, __doc__)
     if dry_run:
-        reads = {setting: " ".join(patterns) for setting, patterns in readers.input_patterns(config.data).items()}
-        show_plan(config, reads, config.work_dir / "corpus")
+        show_plan(config, readers.input_patterns(config.data), config.work_dir / "corpus", input_files.matches)
         return
     files = readers.input_files(config.data)
     key = hygiene.pseudonym_key(config.etl)
     progress = Progress("etl")
     progress(f"starting Spark to read {', '.join(f'{len(paths)} of {name}' for name, paths in files.items())}")
-    with stage_output(config, "corpus") as output, track(config, "etl") as record:
-        with spark_session(f"colarec etl {config.name}", "contract", "etl") as spark:
+    remedy = "make room there, or choose another work folder (--work=...)"
+    with (
+        on_disk(config.work_dir, remedy),
+        stage_output(config, "corpus") as output,
+        track(config, "etl") as record,
+    ):
+        with spark_session(f"colarec etl {config.name}", "contract", "etl", work=config.work_dir) as spark:
             counts, extra = build(spark, config, files, key, output.path, progress)
         record.metrics(counts)
         for name in ("report.html", "report.json"):
@@ -123,6 +129,12 @@ def build(
     dated = config.data.time_unit != "order"
     written = corpus.write_shards(spark, shards, stage / "items", etl, seed, dated, stage, folder)
     split.check_clock([shard.spans for shard in written], etl.split)
+    if not sum(shard.num_learned_users for shard in written):
+        raise ValueError(
+            f"no user has two train events, one to be predicted from the other (etl.split = {etl.split!r}): nothing "
+            "can be learned; hold out less (etl.split, etl.test_days, etl.valid_days, etl.split_shares), or use a "
+            "log with more events of a user"
+        )
     progress(f"shards: {len(shards):,} parts of the users, with their valid and test shards")
     pairs = [stage / shard.pairs for shard in written]
     corpus.write_item_users(spark, pairs, num_items, etl.max_users_per_item, folder / "item_users.parquet")

@@ -40,7 +40,7 @@ class Stored:
         if self.to == "ns":
             return F.timestamp_micros(_div(column, 1000))
         if self.to.startswith("time "):
-            micros = {"ms": column * 1000, "us": column, "ns": _div(column, 1000)}[self.to.split()[1]]
+            micros = {"ms": column.cast("long") * 1000, "us": column, "ns": _div(column, 1000)}[self.to.split()[1]]
             return F.substring(
                 F.timestamp_micros(micros).cast("string"), len("1970-01-01 ") + 1, len("00:00:00.000000")
             )
@@ -101,9 +101,11 @@ def plan(files: list[Path], names: list[str], keys: list[str]) -> tuple[list[Gro
                 types[name] = wider
             else:
                 other, of_other = first[name]
+                is_gap = {spoken, of_other} & {"double", "float"} and {spoken, of_other} & {"int64", "int32"}
                 raise ValueError(
                     f"the column {json.dumps(name)} is {spoken} in {file} and {of_other} in {other}; "
                     "write it with one type in all files"
+                    + (" (pandas makes double of integers with gaps, not so with dtype Int64)" * is_gap)
                 )
     groups: dict[str, Group] = {}
     for file, columns in zip(files, found, strict=True):
