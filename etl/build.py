@@ -109,6 +109,10 @@ def build(
     bounds = split.bounds(etl, gathered.span[1])
     settled = split.settle(spark, gathered.blocks, out, etl, seed, bounds, stage)
     if not settled:
+        if not rounds:
+            raise ValueError(
+                f"etl.split = {etl.split!r} leaves no user: none has two events of its days; choose another"
+            )
         raise ValueError(
             f"no user is left with etl.min_user = {etl.min_user} and etl.min_item = {etl.min_item}; lower them"
         )
@@ -116,7 +120,11 @@ def build(
     # Items and what they say
     statistics = split.read_statistics(spark, settled, stage)
     if not statistics.where(F.col("num_train") > 0).limit(1).count():
-        raise ValueError(f"etl.split = {etl.split!r} leaves no train event: all events are later than its days begin")
+        why = {
+            "given": f"data.split_column = {config.data.split_column!r} says train of none; mend the column",
+            "random": f"etl.split_shares = {list(etl.split_shares)} give it none; give train more",
+        }.get(etl.split, "all are later than its days begin; lower etl.test_days and etl.valid_days")
+        raise ValueError(f"etl.split = {etl.split!r} leaves no train event: {why}")
     items, num_items = corpus.dense_items(catalog, statistics, etl.min_item == 0, seed)
     items = staged(content.with_normal_text(items.join(texts, "item_id", "left"), etl.max_text), stage / "items")
     model = content.tokenizer(items, etl, folder / "tokenizer")
