@@ -25,7 +25,7 @@ _DISK_TROUBLE = re.compile(
 
 # What Spark says of an input file that it began to read and could not.
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S*\].*?file:/*(/[^\s]*[^\s.])")
-_MISMATCH = re.compile(r"(?<=\. )Data type mismatches when reading Parquet column.*?(?=\.? SQLSTATE|\n|$)")
+_MISMATCH = re.compile(r"Data type mismatches when reading Parquet column.*?(?=\.? SQLSTATE|\n|$)")
 
 
 @contextlib.contextmanager
