@@ -101,11 +101,11 @@ def plan(files: list[Path], names: list[str], keys: list[str]) -> tuple[list[Gro
                 types[name] = wider
             else:
                 other, of_other = first[name]
-                is_gap = {spoken, of_other} & {"double", "float"} and {spoken, of_other} & {"int64", "int32"}
+                # What pandas makes of integers with gaps, unless they are of its type Int64.
+                hint = " (in pandas: dtype Int64)" if "double" in (spoken, of_other) else ""
                 raise ValueError(
                     f"the column {json.dumps(name)} is {spoken} in {file} and {of_other} in {other}; "
-                    "write it with one type in all files"
-                    + (" (pandas makes double of integers with gaps, not so with dtype Int64)" * is_gap)
+                    f"write it with one type in all files{hint}"
                 )
     groups: dict[str, Group] = {}
     for file, columns in zip(files, found, strict=True):

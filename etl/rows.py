@@ -221,7 +221,8 @@ def parquet_rows(spark: SparkSession, files: list[Path], columns: list[str], set
     for group in groups:
         scan = spark.read.schema(group.schema).parquet(*_unglobbed(group.files))
         lacking = [name for name in keys if name not in group.columns]
-        rows = _with_block(scan, [F.struct(*group.values()).alias("stored")], files, lacking)
+        stored = F.struct(*group.values()) if group.columns else F.lit(None)
+        rows = _with_block(scan, [stored.alias("stored")], files, lacking)
         values = [
             F.col(f"stored.{quoted(name)}") if name in group.columns
             else F.col(f"keys.{quoted(name)}") if name in lacking

@@ -303,12 +303,13 @@ def test_a_corpus_that_nothing_can_be_learned_from_is_told_at_once(tiny, tmp_pat
     """Two of three events are held out: no train event has another beside it, whatever the number of shards."""
     log = "".join(f"{user},{item},17000000{n:02d}\n" for user in "uvw" for n, item in enumerate("abc"))
     with pytest.raises(ValueError, match=r"no user has two train events.*hold out less"):
-        tiny(log, "--etl.min_user=0", "--etl.min_item=0", "--etl.vocab_size=20")
+        tiny(log, "--etl.min_user=0", "--etl.min_item=0", "--data.items=")
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
 
 
-def test_a_driver_that_cannot_write_says_where_and_leaves_nothing(log_folder, tmp_path):
-    """A limit on the size of files stands for a full disk: the system refuses the same calls."""
+def test_a_driver_that_cannot_write_says_where_and_leaves_nothing(log_folder, tmp_path, capsys):
+    """A limit on the size of files stands for a full disk: the system refuses the same calls. `capsys`: pytest itself
+    writes no file meanwhile."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
     try:

@@ -40,7 +40,7 @@ def test_a_full_folder_is_not_touched(shop):
     assert {f.name: f.stat().st_mtime_ns for f in shop.iterdir()} == before
 
 
-def test_a_disk_without_room_is_one_message_and_leaves_nothing(tmp_path):
+def test_a_disk_without_room_is_one_message_and_leaves_nothing(tmp_path, capsys):
     """A limit on the size of files stands for a full disk: the system refuses the same calls."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
