@@ -72,12 +72,17 @@ def parse_more(
     return config_module.load(known.config, overrides), argparse.Namespace(**own)
 
 
-def show_plan(config: Config, reads: dict[str, Path | str], writes: Path | str) -> None:
+def show_plan(
+    config: Config,
+    reads: dict[str, Path | str | tuple[str, ...]],
+    writes: Path | str,
+    is_there: Callable[[Path | str], bool] = os.path.exists,
+) -> None:
     """What --dry-run prints: the resolved config, what would be read and whether it is there, what is written."""
     print(config_module.to_toml(config))
-    for what, path in reads.items():
-        state = "" if "*" in str(path) or Path(path).exists() else "   (missing)"
-        print(f"reads  {what:<12} {path}{state}")
+    for what, paths in reads.items():
+        for path in paths if isinstance(paths, tuple) else (paths,):
+            print(f"reads  {what:<12} {path}{'' if is_there(path) else '   (missing)'}")
     print(f"writes {'':<12} {writes}{'   (would be replaced)' if Path(writes).exists() else ''}")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
 import types
@@ -14,6 +15,8 @@ from contract import files, urls
 from contract.settings import Config
 
 URLS = ("tracking.uri", "data.shards_url")  # settings that are URLs; others may hold one
+# Settings that are a path, or may be one.
+_PATHS = ("work", "data.path", "data.shards_url", "etl.tokenizer", "model.init", "tracking.uri")
 
 
 def fields(cls=Config, prefix: str = ""):
@@ -50,7 +53,7 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
         FileNotFoundError: no such file.
         ValueError: unknown key, wrong type, value out of its choices or out of range.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"config {path} does not exist; configs/ holds those that come with the project")
     try:
@@ -67,11 +70,18 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
     for key, text in (overrides or {}).items():
         values[key] = _checked(key, _parsed(key, text, types_[key][0]), *types_[key])
     values["work"] = values.get("work") or f"runs/{values['name']}"
+    values |= {key: _at_home(values[key]) for key in _PATHS if key in values}
     config = _build(Config, values)
     if "history.order" not in values and not config.etl.in_time_order:
         config = replace(config, {"history.order": "set"})
     _check(config)
     return config
+
+
+def _at_home(path: str) -> str:
+    """`~` at the beginning is the home folder: a shell leaves it as it is in --work=~/runs, and so does TOML."""
+    scheme = "sqlite:///" if path.startswith("sqlite:///~") else ""
+    return scheme + os.path.expanduser(path.removeprefix(scheme))
 
 
 def replace(config: Config, changes: dict) -> Config:

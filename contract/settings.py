@@ -26,8 +26,14 @@ class Data:
         "metadata of 2014, 2018, 2023), 'foodcom' (RAW_*.csv), 'tencentgr' (seq/ and item_feat/)",
         ("csv", "jsonl", "parquet", "colarec", "otto", "amazon", "foodcom", "tencentgr"),
     )
-    path: str = _opt("", "folder that the paths below are relative to (colarec: the release's folder)")
-    interactions: tuple[str, ...] = _opt((), "interaction files or folders, relative to path; globs allowed")
+    path: str = _opt(
+        "", "folder that the paths below are relative to (colarec: the release's folder); ~ is the home folder"
+    )
+    interactions: tuple[str, ...] = _opt(
+        (),
+        "interaction files or folders, relative to path; globs allowed, but a path that is there as it is written is "
+        "that. Folders named key=value give columns of that name to files that lack them",
+    )
     items: tuple[str, ...] = _opt(
         (), "item files or folders, relative to path; globs allowed; empty: the items have no texts"
     )
@@ -41,9 +47,10 @@ class Data:
     time_column: str = _opt("timestamp", "interaction column of the time")
     time_unit: str = _opt(
         "s",
-        "unit of the time; 'order': only the order within a user is known, so no dates are checked and "
+        "unit of the time where it is a number or a text (columns of a time type say theirs); "
+        "'order': only the order within a user is known, so no dates are checked and "
         "time gaps are not used; public releases have their own",
-        ("s", "ms", "us", "iso", "order"),
+        ("s", "ms", "us", "ns", "iso", "order"),
     )
     event_column: str = _opt("", "interaction column of the event type; empty: all events are alike")
     split_column: str = _opt(

@@ -25,14 +25,18 @@ _DISK_TROUBLE = re.compile(
 
 # What Spark says of an input file that it began to read and could not.
 _UNREADABLE = re.compile(r"FAILED_READ_FILE\S*\].*?file:/*(/[^\s]*[^\s.])")
+_MISMATCH = re.compile(r"Data type mismatches when reading Parquet column.*?(?=\.? SQLSTATE|\n|$)")
 
 
 @contextlib.contextmanager
-def spark_session(name: str, *packages: str) -> Iterator[SparkSession]:
+def spark_session(name: str, *packages: str, work: Path | None = None) -> Iterator[SparkSession]:
     """A session that is stopped at the end, whatever happens. The executors can import these packages of ours.
 
+    Args:
+        work: the folder that tasks write into, for messages.
+
     Raises:
-        ValueError: a task found an input file damaged, a disk full, or a folder that it must not write.
+        ValueError: a task could not read an input file, found a disk full, or a folder that it must not write.
         RuntimeError: the JVM is gone.
     """
     # Executors run the driver's interpreter; by its bare name they would find the system's.
@@ -55,7 +59,7 @@ def spark_session(name: str, *packages: str) -> Iterator[SparkSession]:
     except ConnectionError as error:
         raise RuntimeError("Spark's JVM is gone; was it killed, or short of memory (--driver-memory)?") from error
     except (Py4JJavaError, PySparkException) as error:
-        if message := _what_to_mend(str(error)):
+        if message := _what_to_mend(str(error), work):
             raise ValueError(message) from error
         raise
     finally:
@@ -63,15 +67,21 @@ def spark_session(name: str, *packages: str) -> Iterator[SparkSession]:
             spark.stop()
 
 
-def _what_to_mend(failure: str) -> str | None:
+def _what_to_mend(failure: str, work: Path | None) -> str | None:
     """The message for a failed task's stack, None if it is not the user's to mend."""
     if unreadable := _UNREADABLE.search(failure):
-        return (
-            f"{urllib.parse.unquote(unreadable[1])} cannot be read: it is damaged or cut off; mend it, or leave it out"
-        )
+        file = urllib.parse.unquote(unreadable[1])
+        if mismatch := _MISMATCH.search(failure):
+            return f"{file} cannot be read: {mismatch[0]}; write the column with one type in all files"
+        if "FILE_NOT_EXIST" in unreadable[0]:
+            return f"{file} is gone, or was replaced while it was read; leave the input as it is, and run again"
+        if "(Permission denied)" in failure:
+            return f"{file} cannot be read: permission denied; make it readable, for the executors' user too"
+        return f"{file} cannot be read: it is damaged or cut off; mend it, or leave it out"
     if trouble := _DISK_TROUBLE.search(failure):
+        folder = f"the work folder {work}" if work else "the work folder"
         return (
-            f"a task could not write: {trouble[0]}; the work folder needs room, and to be shared with the executors "
+            f"a task could not write: {trouble[0]}; {folder} needs room, and to be shared with the executors "
             "and writable for them; shuffles and spills need room in spark.local.dir"
         )
     return None

@@ -24,6 +24,7 @@ from contract.settings import Config
 from contract.spark import spark_session
 from contract.tracking import track
 from etl import account, blocks, content, corpus, hygiene, readers, report, split
+from etl import files as input_files
 from etl.kcore import k_core
 from etl.tasks import check_shared, remove_folder
 
@@ -31,15 +32,14 @@ from etl.tasks import check_shared, remove_folder
 def main(argv: list[str]) -> None:
     config, dry_run = parse(argv, __doc__)
     if dry_run:
-        reads = {setting: " ".join(patterns) for setting, patterns in readers.input_patterns(config.data).items()}
-        show_plan(config, reads, config.work_dir / "corpus")
+        show_plan(config, readers.input_patterns(config.data), config.work_dir / "corpus", input_files.matches)
         return
     files = readers.input_files(config.data)
     key = hygiene.pseudonym_key(config.etl)
     progress = Progress("etl")
     progress(f"starting Spark to read {', '.join(f'{len(paths)} of {name}' for name, paths in files.items())}")
     with stage_output(config, "corpus") as output, track(config, "etl") as record:
-        with spark_session(f"colarec etl {config.name}", "contract", "etl") as spark:
+        with spark_session(f"colarec etl {config.name}", "contract", "etl", work=config.work_dir) as spark:
             counts, extra = build(spark, config, files, key, output.path, progress)
         record.metrics(counts)
         for name in ("report.html", "report.json"):
@@ -108,6 +108,10 @@ def build(
     bounds = split.bounds(etl, gathered.span[1])
     settled = split.settle(spark, gathered.blocks, out, etl, seed, bounds, stage)
     if not settled:
+        if not rounds:
+            raise ValueError(
+                f"etl.split = {etl.split!r} leaves no user: none has two events of its days; choose another"
+            )
         raise ValueError(
             f"no user is left with etl.min_user = {etl.min_user} and etl.min_item = {etl.min_item}; lower them"
         )
@@ -115,7 +119,11 @@ def build(
     # Items and what they say
     statistics = split.read_statistics(spark, settled, stage)
     if not statistics.where(F.col("num_train") > 0).limit(1).count():
-        raise ValueError(f"etl.split = {etl.split!r} leaves no train event: all events are later than its days begin")
+        why = {
+            "given": f"data.split_column = {config.data.split_column!r} says train of none; mend the column",
+            "random": f"etl.split_shares = {list(etl.split_shares)} give it none; give train more",
+        }.get(etl.split, "all are later than its days begin; lower etl.test_days and etl.valid_days")
+        raise ValueError(f"etl.split = {etl.split!r} leaves no train event: {why}")
     items, num_items = corpus.dense_items(catalog, statistics, etl.min_item == 0, seed)
     items = staged(content.with_normal_text(items.join(texts, "item_id", "left"), etl.max_text), stage / "items")
     model = content.tokenizer(items, etl, folder / "tokenizer")
@@ -128,6 +136,12 @@ def build(
     dated = config.data.time_unit != "order"
     written = corpus.write_shards(spark, shards, stage / "items", etl, seed, dated, stage, folder)
     split.check_clock([shard.spans for shard in written], etl.split)
+    if not sum(shard.num_learned_users for shard in written):
+        raise ValueError(
+            f"no user has two train events, one to be predicted from the other (etl.split = {etl.split!r}): nothing "
+            "can be learned; hold out less (etl.split, etl.test_days, etl.valid_days, etl.split_shares), or use a "
+            "log with more events of a user"
+        )
     progress(f"shards: {len(shards):,} parts of the users, with their valid and test shards")
     pairs = [stage / shard.pairs for shard in written]
     corpus.write_item_users(spark, pairs, num_items, etl.max_users_per_item, folder / "item_users.parquet")

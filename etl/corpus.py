@@ -159,6 +159,7 @@ class Written:
     pairs: str  # Parquet file of _PAIRS
     num_by_split: list[int]  # events, by split code
     num_cold_users: int  # with held-out events and no train event
+    num_learned_users: int  # with two train events or more: one is predicted from the others
     num_by_length: np.ndarray  # int64 (64,): users with 2^b .. 2^(b+1) - 1 events
     num_by_type: np.ndarray  # int64 (128,): events, by code
     activity: dict[int, list[int]]  # day since 1970 -> events, by split
@@ -208,7 +209,7 @@ def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, st
     }
     pairs = _ParquetFile(stage, "", _PAIRS)
     num_by_split, num_by_length, num_by_type = np.zeros(4, np.int64), np.zeros(64, np.int64), np.zeros(128, np.int64)
-    activity, spans, num_cold_users = {}, {}, 0
+    activity, spans, num_cold_users, num_learned_users = {}, {}, 0, 0
     first_user = shard.first_user
     for name, first, last in shard.pieces:
         block = read_block(stage, name).slice(first, last)
@@ -232,7 +233,9 @@ def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, st
         num_by_length += np.bincount(np.log2(block.num_events).astype(int), minlength=64)
         num_by_type += np.bincount(block.event, minlength=128)
         held_out = block.per_user((block.split == schema.VALID) | (block.split == schema.TEST)) > 0
-        num_cold_users += int((held_out & (block.per_user(block.split == schema.TRAIN) == 0)).sum())
+        num_train = block.per_user(block.split == schema.TRAIN)
+        num_cold_users += int((held_out & (num_train == 0)).sum())
+        num_learned_users += int((num_train > 1).sum())
         known = block.ts != schema.NO_TIME
         for code in np.unique(block.split[known]).tolist():
             ts = block.ts[known & (block.split == code)]
@@ -250,6 +253,7 @@ def _write_shard(shard: Shard, items: Path, etl: Etl, seed: int, dated: bool, st
         pairs.close().written,
         num_by_split.tolist(),
         num_cold_users,
+        num_learned_users,
         num_by_length,
         num_by_type,
         activity,

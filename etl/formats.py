@@ -11,17 +11,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from contract import schema
 from contract.settings import Config, Data
+from etl import parquet
+from etl.files import first_line
 from etl.rows import (
     csv_rows,
-    first_line,
     json_rows,
+    keys_among,
     parquet_rows,
     quoted,
     read_lines,
@@ -95,7 +96,8 @@ def _mapped_rows(
         return parquet_rows(spark, files, columns, setting)
     if format_ == "csv":
         return csv_rows(spark, files, columns, setting, data.delimiter, data.multiline, encoding=data.encoding)
-    return json_rows(read_lines(spark, files, encoding=data.encoding), _strings(columns))
+    keys = keys_among(files, columns)
+    return json_rows(read_lines(spark, files, encoding=data.encoding, keys=keys), _strings(columns))
 
 
 def _field(name: str) -> Column:
@@ -329,7 +331,7 @@ def tencentgr_items(spark: SparkSession, data: Data, files: list[Path]) -> DataF
     The text is a word field=value for each feature that an item has: "100=6 101=31". A feature is a number, a list
     of them or struct<feature_value, ..>; both spellings are met in code that reads the release.
     """
-    names = pq.read_schema(files[0]).names
+    names = sorted(set().union(*(parquet.read_schema(file).names for file in files)))
     fields = sorted((name for name in names if name.isdigit()), key=int)
     require(["item_id", *(fields or ["100"])], names, files[0], "data.format = 'tencentgr'")
     rows = parquet_rows(spark, files, ["item_id", *fields], "data.format = 'tencentgr'")

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from contract.cli import run
+from contract.disk import writing
 
 # topic: devices | accessories
 TOPICS = {
@@ -99,13 +100,20 @@ def main(argv: list[str]) -> None:
     user, item, ts, event = with_carts_and_purchases(user, item, ts, rng)
     lines, ts = dirty(*event_lines(user, item, ts, event, shop.num_items, rng), rng)
 
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for old in args.folder.glob("events-*.jsonl.gz"):
-        old.unlink()
-    (args.folder / "items.jsonl").write_text("".join(item_lines(shop, rng)))
-    quarter = np.clip((ts - YEAR_START_MS) * QUARTERS // YEAR_MS, 0, QUARTERS - 1)
-    for number in range(QUARTERS):
-        write_gzip(args.folder / f"events-2024-q{number + 1}.jsonl.gz", lines[quarter == number])
+    with writing(args.folder, "name another folder"):
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for old in args.folder.glob("events-*.jsonl.gz"):
+            old.unlink()
+        names = [f"events-2024-q{number + 1}.jsonl.gz" for number in range(QUARTERS)]
+        try:
+            (args.folder / "items.jsonl").write_text("".join(item_lines(shop, rng)))
+            quarter = np.clip((ts - YEAR_START_MS) * QUARTERS // YEAR_MS, 0, QUARTERS - 1)
+            for number, name in enumerate(names):
+                write_gzip(args.folder / name, lines[quarter == number])
+        except OSError:
+            for name in ("items.jsonl", *names):
+                (args.folder / name).unlink(missing_ok=True)
+            raise
     print(
         f"wrote {len(lines):,} events of {args.users:,} users on {shop.num_items:,} items to {args.folder} "
         f"in {time.monotonic() - start:.1f} s"

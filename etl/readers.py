@@ -3,13 +3,12 @@
 The formats are in etl.formats; here data.format chooses one.
 """
 
-import glob
-import os
 from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
 
 from contract.settings import Config, Data
+from etl import files as input_
 from etl import formats
 from etl.rows import EVENTS, ITEMS, file_names, granule_bytes, no_items
 
@@ -18,18 +17,14 @@ __all__ = [
     "log_files", "read_events", "read_items",
 ]  # fmt: skip
 
-# Bytes of plain text in a byte of a file, by its suffix. An estimate: JSON logs pack to a fifth or a tenth.
-TEXT_BYTES = {".gz": 6, ".zst": 6, ".parquet": 8}
-
 
 def input_patterns(data: Data) -> dict[str, tuple[str, ...]]:
     """{setting: the paths or globs it stands for}, absolute."""
-    base = os.path.abspath(data.path)
     if data.format == "colarec":
-        return {"data.path": tuple(os.path.join(base, name) for name in formats.COLAREC_FILES)}
+        return {"data.path": tuple(input_.absolute(data.path, name) for name in formats.COLAREC_FILES)}
     return {
-        "data.interactions": tuple(os.path.join(base, name) for name in data.interactions),
-        "data.items": tuple(os.path.join(base, name) for name in data.items),
+        "data.interactions": tuple(input_.absolute(data.path, name) for name in data.interactions),
+        "data.items": tuple(input_.absolute(data.path, name) for name in data.items),
     }
 
 
@@ -38,19 +33,24 @@ def input_files(data: Data) -> dict[str, list[Path]]:
 
     Raises:
         FileNotFoundError: a path or glob matches nothing.
-        ValueError: no interactions are configured, all interaction files are empty, or Spark cannot open one.
+        ValueError: no interactions are configured, all interaction files are empty, a file is not what data.format
+            says, or Spark cannot open it.
     """
     found = {}
     for setting, patterns in input_patterns(data).items():
-        found[setting] = sorted({file for pattern in patterns for file in _expand(setting, pattern)})
+        found[setting] = input_.once(file for pattern in patterns for file in _expand(setting, pattern))
     log = log_files(found)
     if not log:
         raise ValueError("data.interactions is empty: name at least one file of the log")
-    if not any(file.stat().st_size for file in log):
-        raise ValueError(f"the log is empty: no bytes in {', '.join(map(str, log[:3]))}")
     for file in (file for files in found.values() for file in files):
         if ":" in file.name:
             raise ValueError(f"{file}: Spark cannot open files with ':' in their names; rename it")
+    for setting, files in found.items():
+        format_ = (data.items_format or data.format) if setting == "data.items" else data.format
+        for file in files:
+            input_.check_format(file, format_)
+    if all(map(input_.is_empty, log)):
+        raise ValueError(f"the log is empty: no bytes in {', '.join(map(str, log[:3]))}")
     return found
 
 
@@ -66,7 +66,7 @@ def item_files(files: dict[str, list[Path]]) -> list[Path]:
 
 def input_bytes(files: list[Path]) -> int:
     """About how many bytes the files would have as plain text."""
-    return sum(file.stat().st_size * TEXT_BYTES.get(file.suffix, 1) for file in files)
+    return sum(map(input_.text_bytes, files))
 
 
 def read_events(spark: SparkSession, config: Config, files: dict[str, list[Path]]) -> DataFrame:
@@ -76,6 +76,7 @@ def read_events(spark: SparkSession, config: Config, files: dict[str, list[Path]
         ValueError: a column of the mapping is missing, or etl.split asks for what the input does not hold.
     """
     formats.check_split(config)
+    _tell_case_apart(spark)
     return formats.READ_EVENTS[config.data.format](spark, config, log_files(files))
 
 
@@ -93,21 +94,17 @@ def read_items(spark: SparkSession, data: Data, files: dict[str, list[Path]]) ->
             f"data.items are given, but the format {format_!r} has no item texts; "
             f"say theirs in data.items_format ({', '.join(formats.READ_ITEMS)}), or leave data.items empty"
         )
+    _tell_case_apart(spark)
     return formats.READ_ITEMS[format_](spark, data, item_files(files))
 
 
+def _tell_case_apart(spark: SparkSession) -> None:
+    """Columns may differ in nothing but case. For the session, as the files are read when Spark comes to it."""
+    spark.conf.set("spark.sql.caseSensitive", "true")
+
+
 def _expand(setting: str, pattern: str) -> list[Path]:
-    files = []
-    for name in glob.glob(pattern, recursive=True):
-        path = Path(name)
-        folder, inside = (path, path.rglob("*")) if path.is_dir() else (path.parent, [path])
-        files += [f for f in inside if f.is_file() and not _is_hidden(f.relative_to(folder))]
-    if not files:
+    if not (files := input_.expand(pattern)):
         hint = setting if setting == "data.path" else f"{setting} (and data.path)"
         raise FileNotFoundError(f"{pattern} does not exist or matches no file; set {hint}")
     return files
-
-
-def _is_hidden(path: Path) -> bool:
-    """Spark's own rule: _SUCCESS, _delta_log/, .part-0.crc are no data."""
-    return any(part.startswith((".", "_")) for part in path.parts)

@@ -16,11 +16,10 @@ import bisect
 import codecs
 import csv
 import functools
-import io
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -29,6 +28,8 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from etl import parquet
+from etl.files import first_line, folder_keys
 from etl.values import REPLACEMENT, bad_id, bad_text, event_text, id_text
 
 EVENTS = ("user_id", "item_id", "ts", "event", "split", "order", "reason", "raw")
@@ -39,7 +40,7 @@ ROW_BITS = 33  # what Spark's monotonically_increasing_id leaves to the rows of 
 MAX_GRANULES = 1 << (63 - ROW_BITS)
 
 # Milliseconds in one unit of data.time_unit, as a fraction.
-_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "order": (1, 1)}
+_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 1_000_000), "order": (1, 1)}
 MAX_DOUBLE_AS_LONG = 2.0**62
 UTF8 = "utf-8"  # the default of data.encoding
 _CORRUPT = "_corrupt"
@@ -99,19 +100,35 @@ def order() -> Column:
     return F.col("block").bitwiseOR(row)
 
 
-def _with_block(scan: DataFrame, columns: list[Column], among: list[Path]) -> DataFrame:
-    """`columns` of the files that `scan` reads, and block long: the granule where the row's block begins, << 33."""
-    spark, size = scan.sparkSession, granule_bytes(scan.sparkSession)
-    first = dict(zip(map(str, among), first_granules(among, size), strict=True))
+def _with_block(scan: DataFrame, columns: list[Column], among: list[Path], keys: Iterable[str] = ()) -> DataFrame:
+    """`columns` of the files that `scan` reads, and block long: the granule where the row's block begins, << 33.
+
+    With `keys` also keys struct<of a string each>: what the folders of the row's file say of them.
+    """
+    spark, size, keys = scan.sparkSession, granule_bytes(scan.sparkSession), list(dict.fromkeys(keys))
+    of_file = {}
+    for file, first in zip(among, first_granules(among, size), strict=True):
+        of_file[str(file)] = (first, tuple(map(folder_keys(file).get, keys)) if keys else None)
     # _metadata spells a path as inputFiles does (Java's URI, encoded), but for the empty host.
-    of_uri = [(uri.replace("file:///", "file:/", 1), first[unquote(urlsplit(uri).path)]) for uri in scan.inputFiles()]
-    firsts = F.broadcast(spark.createDataFrame(of_uri, "_file string, _first long"))
+    of_uri = [
+        (uri.replace("file:///", "file:/", 1), *of_file[unquote(urlsplit(uri).path)]) for uri in scan.inputFiles()
+    ]
+    fields = T.StructType([T.StructField(key, T.StringType()) for key in keys])
+    table = T.StructType().add("_file", "string").add("_first", "long").add("keys", fields if keys else "string")
+    firsts = F.broadcast(spark.createDataFrame(of_uri, table))
     begin = F.floor(F.col("_metadata.file_block_start") / size)
     rows = scan.select(*columns, F.col("_metadata.file_path").alias("_file"), begin.alias("_begin"))
     # A left join and a check: an inner join would lose the rows of a file that is not found.
     known = F.coalesce("_first", F.raise_error(F.concat(F.lit("no granule for "), "_file")))
     block = F.shiftleft(known + F.col("_begin"), ROW_BITS)
-    return rows.join(firsts, "_file", "left").withColumn("block", block).drop("_file", "_first", "_begin")
+    rows = rows.join(firsts, "_file", "left").withColumn("block", block).drop("_file", "_first", "_begin")
+    return rows if keys else rows.drop("keys")
+
+
+def keys_among(files: list[Path], names: Iterable[str]) -> list[str]:
+    """Those of the names that a folder around one of the files has as its key."""
+    found = set().union(*map(folder_keys, files))
+    return [name for name in dict.fromkeys(names) if name in found]
 
 
 # --- rows of files: each gives row struct<the columns>, block, broken, raw ---
@@ -123,30 +140,40 @@ def read_lines(
     among: list[Path] | None = None,
     whole: bool = False,
     encoding: str = UTF8,
+    keys: Iterable[str] = (),
 ) -> DataFrame:
-    """raw string, block; blank lines are no rows. Plain text, or packed as .gz, .zst or what else Hadoop knows.
+    """raw string, block; blank lines are no rows. Plain text, or packed as .gz, .zst or .bz2.
 
-    `among`: all files of the table, where `files` are but some of them. `whole`: each file is one row.
+    `among`: all files of the table, where `files` are but some of them. `whole`: each file is one row. `keys`: see
+    `_with_block`.
     """
     if not whole:
         _refuse_utf16(files[0])
     scan = spark.read.text(_unglobbed(files), wholetext=whole)
-    rows = _with_block(scan, [F.col("value").alias("raw")], among or files)
+    rows = _with_block(scan, [F.col("value").alias("raw")], among or files, keys)
     if not is_utf8(encoding):
         rows = rows.withColumn("raw", decoded(F.col("raw").cast("binary"), encoding))
     return rows.where(F.trim("raw") != "")
 
 
 def json_rows(lines: DataFrame, fields: T.StructType) -> DataFrame:
-    """JSON lines; what a field of type string holds is read as text, whatever it is."""
+    """JSON lines; what a field of type string holds is read as text, whatever it is.
+
+    A field that `lines` have in keys (of `_with_block`) is that where the line does not say it.
+    """
     # from_json takes the first value of a text and does not look at what follows it. As a value within an object that
     # ends with a field of ours, a line is parsed to its end: that field is missing when anything else is on the line.
     enclosing = T.StructType([T.StructField("row", fields), T.StructField(_END, T.StringType())])
     enclosed = F.concat(F.lit('{"row":'), "raw", F.lit(f',"{_END}":""}}'))
-    parsed = lines.select("block", "raw", F.from_json(enclosed, enclosing, {"mode": "PERMISSIVE"}).alias("parsed"))
+    keys = [column for column in lines.columns if column == "keys"]
+    said = F.from_json(enclosed, enclosing, {"mode": "PERMISSIVE"}).alias("parsed")
+    parsed = lines.select("block", "raw", *keys, said)
     is_object = F.col("parsed.row").isNotNull() & (F.coalesce(f"parsed.{_END}", F.lit("missing")) == "")
     broken = F.when(~is_object, F.lit("not one JSON object"))
-    return parsed.select("parsed.row", "block", broken.alias("broken"), "raw")
+    row = F.col("parsed.row")
+    for key in lines.schema["keys"].dataType.names if keys else ():
+        row = row.withField(quoted(key), F.coalesce(row[key], F.col(f"keys.{quoted(key)}")))
+    return parsed.select(row.alias("row"), "block", broken.alias("broken"), "raw")
 
 
 def csv_rows(
@@ -159,7 +186,8 @@ def csv_rows(
     among: list[Path] | None = None,
     encoding: str = UTF8,
 ) -> DataFrame:
-    """CSV with a header, the same in all files; quotes in a quoted field are doubled.
+    """CSV with a header, the same in all files; quotes in a quoted field are doubled. A column that the header has
+    not is taken from the keys of the files' folders.
 
     Fields hold line breaks with `multiline` alone: such files are not split, and raw is the row itself in ragged rows
     only. Without it a line that repeats the header, as in files put together, is no row.
@@ -168,7 +196,8 @@ def csv_rows(
         ValueError: a file has another header, or a column (named in `setting`) is missing.
     """
     names, header = _csv_header(files, delimiter, encoding)
-    require(columns, names, files[0], setting)
+    keys = keys_among(files, set(columns) - set(names))
+    require(columns, [*names, *keys], files[0], setting)
     # Columns by position: a header may hold names that are empty, or differ in nothing but case.
     schema = ", ".join([*(f"c{index} STRING" for index in range(len(names))), f"{_CORRUPT} STRING"])
     options = {"sep": delimiter, "escape": '"', "mode": "PERMISSIVE", "columnNameOfCorruptRecord": _CORRUPT}
@@ -176,17 +205,17 @@ def csv_rows(
         # Spark decodes few encodings; as Latin-1, one character a byte, it keeps the bytes of the others.
         charset = "utf-8" if is_utf8(encoding) else "iso-8859-1"
         scan = spark.read.csv(_unglobbed(files), schema, header=True, multiLine=True, encoding=charset, **options)
-        parsed = _with_block(scan, [F.struct("*").alias("parsed")], among or files)
+        parsed = _with_block(scan, [F.struct("*").alias("parsed")], among or files, keys)
         if not is_utf8(encoding):
             fields = [decoded(F.col(f"parsed.{name}"), encoding).alias(name) for name in scan.columns]
             parsed = parsed.withColumn("parsed", F.struct(*fields))
     else:
-        lines = read_lines(spark, files, among, encoding=encoding)
+        lines = read_lines(spark, files, among, encoding=encoding, keys=keys)
         # The header has been decoded in Python.
         line = F.make_valid_utf8("raw") if REPLACEMENT in header else F.col("raw")
-        lines = lines.where(line != F.lit(header))
-        parsed = lines.select(F.from_csv("raw", schema, options).alias("parsed"), "block", "raw")
-    row = F.struct(*(F.col(f"parsed.c{names.index(name)}").alias(name) for name in dict.fromkeys(columns)))
+        parsed = lines.where(line != F.lit(header)).withColumn("parsed", F.from_csv("raw", schema, options))
+    place = {name: f"keys.{quoted(name)}" for name in keys} | {name: f"parsed.c{names.index(name)}" for name in names}
+    row = F.struct(*(F.col(place[name]).alias(name) for name in dict.fromkeys(columns)))
     broken = F.when(F.col(f"parsed.{_CORRUPT}").isNotNull(), F.lit(f"not {len(names)} CSV fields"))
     if not multiline:
         broken = broken.when(_open_quote(row, columns), F.lit("a quote that is not closed (data.multiline)"))
@@ -195,31 +224,41 @@ def csv_rows(
 
 
 def parquet_rows(spark: SparkSession, files: list[Path], columns: list[str], setting: str) -> DataFrame:
-    """Parquet; the columns keep their types.
+    """Parquet; the columns keep their types, integers of several widths become the widest.
+
+    Only these columns are read. In a file that lacks one it is the key of the file's folder, or else null.
 
     Raises:
-        ValueError: a column (named in `setting`) is missing.
+        ValueError: no file has a column (named in `setting`), or its types do not go together.
     """
-    scan = spark.read.parquet(*_unglobbed(files))
-    require(columns, scan.columns, files[0], setting)
-    row = F.struct(*(F.col(quoted(name)).alias(name) for name in dict.fromkeys(columns)))
-    rows = _with_block(scan, [row.alias("row")], files)
+    names = list(dict.fromkeys(columns))
+    keys = keys_among(files, names)
+    groups, types, there = parquet.plan(files, names, keys)
+    require(names, [*there, *keys], files[0], setting)
+    parts = []
+    for group in groups:
+        scan = spark.read.schema(group.schema).parquet(*_unglobbed(group.files))
+        lacking = [name for name in keys if name not in group.columns]
+        stored = F.struct(*group.values()) if group.columns else F.lit(None)
+        rows = _with_block(scan, [stored.alias("stored")], files, lacking)
+        values = [
+            F.col(f"stored.{quoted(name)}") if name in group.columns
+            else F.col(f"keys.{quoted(name)}") if name in lacking
+            else F.lit(None)
+            for name in names
+        ]  # fmt: skip
+        row = F.struct(*(value.cast(types[name]).alias(name) for name, value in zip(names, values, strict=True)))
+        parts.append(rows.select(row.alias("row"), "block"))
+    rows = functools.reduce(DataFrame.unionByName, parts)
     nothing = F.lit(None).cast("string")
     return rows.select("row", "block", nothing.alias("broken"), F.to_json("row").alias("raw"))
-
-
-def first_line(file: Path, encoding: str = UTF8) -> str:
-    """The first line of a text file, also of a compressed one, without its end and a byte order mark."""
-    encoding = "utf-8-sig" if is_utf8(encoding) else encoding
-    with io.TextIOWrapper(pa.input_stream(str(file)), encoding, errors="replace") as text:
-        return text.readline().rstrip("\r\n")
 
 
 def _refuse_utf16(file: Path) -> None:
     """Raises ValueError for a file in UTF-16 or UTF-32, in which every other byte of ASCII is 0."""
     try:
         line = first_line(file)
-    except (OSError, ValueError):  # damaged: Spark's error tells where
+    except ValueError:  # damaged: Spark's error tells where
         return
     if "\0" in line[:1000]:
         raise ValueError(f"{file} is not text, or in UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 old > new")
@@ -244,11 +283,11 @@ def _unglobbed(files: list[Path]) -> list[str]:
 
 def _csv_header(files: list[Path], delimiter: str, encoding: str) -> tuple[list[str], str]:
     """(names, line). Empty files, which some writers leave, have no header."""
-    first, *rest = [file for file in files if file.stat().st_size] or files[:1]
+    lines = [(file, line) for file in files if (line := first_line(file, encoding))]
+    (first, header), *rest = lines or [(files[0], "")]
     _refuse_utf16(first)
-    header = first_line(first, encoding)
-    for file in rest:
-        if (other := first_line(file, encoding)) != header:
+    for file, other in rest:
+        if other != header:
             raise ValueError(
                 f"the CSV header of {file} ({other}) is not that of {first} ({header}); make them the same"
             )
@@ -338,7 +377,9 @@ def milliseconds(time: Column, type_: T.DataType, unit: str) -> Column:
     text = F.trim(time.cast("string"))
     factor, divisor = _MS[unit]
     whole = F.try_multiply(text.try_cast("long"), F.lit(factor))
-    exact = F.when(whole.isNotNull(), F.floor(whole / divisor) if divisor > 1 else whole)
+    # In integers: nanoseconds of today are more than a double holds exactly.
+    floored = F.call_function("div", whole - F.pmod(whole, F.lit(divisor)), F.lit(divisor))
+    exact = F.when(whole.isNotNull(), floored if divisor > 1 else whole)
     number = text.try_cast("double") * factor / divisor  # 1396396800.25, 1.4e9
     # False of NaN as well, which Spark orders last.
     return F.coalesce(exact, F.when(F.abs(number) < MAX_DOUBLE_AS_LONG, F.floor(number)))

@@ -320,8 +320,21 @@ class Stream:
                     found |= len(targets) > 0
                     yield block, rng.permutation(targets)
             if not found:
-                names = ", ".join(self._shards[shard] for shard in self._order)
-                raise ValueError(f"no user in {names} has two train events; build the corpus with fewer etl.num_shards")
+                raise ValueError(self._nothing_to_learn())
+
+    def _nothing_to_learn(self) -> str:
+        """The message where no user of the stream has two train events: what to do depends on the other streams."""
+        others = (block for shard in self._shards for block in samples.read_blocks(shard))
+        if not any((block.item_idx.lengths > 1).any() for block in others):
+            return (
+                "no user of the corpus has two train events, one to be predicted from the other: nothing can be "
+                "learned; build it so that less is held out (etl.split), or of a log with more events of a user"
+            )
+        names = ", ".join(self._shards[shard] for shard in self._order)
+        return (
+            f"no user in {names} has two train events, but users in other shards have; use fewer train.streams than "
+            f"{self._config.train.streams}, so that a stream has more shards"
+        )
 
 
 def _stream_steps(

@@ -34,6 +34,18 @@ def test_name_and_work_follow_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [("work", "~/runs/x", "{home}/runs/x"), ("data.path", "~", "{home}"), ("etl.tokenizer", "~/t5", "{home}/t5"),
+     ("tracking.uri", "sqlite:///~/ml.db", "sqlite:///{home}/ml.db"), ("data.path", "a/~b", "a/~b")],
+)  # fmt: skip
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, key, text, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text("")
+    loaded = config.load("~/c.toml", {key: text})
+    assert config.flatten(loaded)[key] == expected.format(home=tmp_path)
+
+
+@pytest.mark.parametrize(
     ("text", "order"),
     [
         ("", "time"),

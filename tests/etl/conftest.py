@@ -66,7 +66,7 @@ def read(tmp_path, spark):
     def run(files: dict, format_: str, split: str = "leave_one_out", **data):
         for name, content in files.items():
             path = tmp_path / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, pa.Table):
                 pq.write_table(content, path)
                 continue

@@ -97,7 +97,7 @@ def test_quarantine_has_an_example_of_each_reason(tmp_path):
 
 def written(number, **num_users):
     files = {name: corpus.File("x", f"{name}-{number:05d}.tar", num, 10 * num) for name, num in num_users.items()}
-    return corpus.Written(files, "", [0] * 4, 0, 0, 0, {}, {})
+    return corpus.Written(files, "", [0] * 4, 0, 0, 0, 0, {}, {})
 
 
 def test_shard_list_has_the_shards_that_there_are():

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import resource
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from contract import artifacts, schema
 from contract import config as config_module
+from contract.disk import writing
 from etl import build, corpus, generate
 from etl.report import write_report
 
@@ -303,6 +305,35 @@ def test_a_catalog_of_other_items_stops_the_job(tiny, tmp_path):
     ):
         tiny("u,0a,1700000000\nu,0b,1700000001\n")
     assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
+
+
+def test_a_corpus_that_nothing_can_be_learned_from_is_told_at_once(tiny, tmp_path):
+    """Two of three events are held out: no train event has another beside it, whatever the number of shards."""
+    log = "".join(f"{user},{item},17000000{n:02d}\n" for user in "uvw" for n, item in enumerate("abc"))
+    with pytest.raises(ValueError, match=r"no user has two train events.*hold out less"):
+        tiny(log, "--etl.min_user=0", "--etl.min_item=0", "--data.items=")
+    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
+
+
+def test_a_driver_that_cannot_write_says_where_and_leaves_nothing(log_folder, tmp_path, capsys):
+    """A limit on the size of files stands for a full disk: the system refuses the same calls. `capsys`: pytest itself
+    writes no file meanwhile."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written: File too large; make room, or .*--work"):
+            build.main(["--config", DEMO, f"--work={tmp_path / 'work'}", f"--data.path={log_folder}"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [".corpus.lock"]
+
+
+def test_a_report_on_a_full_disk_is_one_message(built, tmp_path):
+    (tmp_path / "report.html").symlink_to("/dev/full")
+    report = json.loads((built.path / "report.json").read_text())
+    message = r"cannot be written: No space left on device.*; make room"
+    with pytest.raises(ValueError, match=message), writing(tmp_path, "write elsewhere"):
+        write_report(report, tmp_path)
 
 
 def test_dry_run_names_what_is_missing_and_writes_nothing(tmp_path, capsys):

@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import json
+import resource
 from collections import Counter, defaultdict
 
 import pytest
@@ -37,6 +38,18 @@ def test_a_full_folder_is_not_touched(shop):
     with pytest.raises(ValueError, match="--force"):
         generate.main([str(shop)])
     assert {f.name: f.stat().st_mtime_ns for f in shop.iterdir()} == before
+
+
+def test_a_disk_without_room_is_one_message_and_leaves_nothing(tmp_path, capsys):
+    """A limit on the size of files stands for a full disk: the system refuses the same calls."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"log cannot be written: File too large .*name another folder"):
+            generate.main([str(tmp_path / "log"), "--users", "400", "--items", "480"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "log").iterdir())
 
 
 def test_the_log_is_a_log(shop):

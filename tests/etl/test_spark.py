@@ -1,5 +1,7 @@
 import gzip
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from contract.spark import spark_session
@@ -30,3 +32,10 @@ def test_a_damaged_input_file_is_named(spark, tmp_path):
     with pytest.raises(ValueError, match="cannot be read: it is damaged") as error, spark_session("test") as session:
         session.read.text(str(file)).count()
     assert str(file) in str(error.value)
+
+
+def test_a_column_of_another_type_than_expected_is_no_damage(spark, tmp_path):
+    pq.write_table(pa.table({"x": [1.5]}), tmp_path / "a.parquet")
+    message = r"a\.parquet cannot be read: Data type mismatches .*x.* Expected .*; write the column with one type"
+    with pytest.raises(ValueError, match=message), spark_session("test") as session:
+        session.read.schema("x int").parquet(str(tmp_path)).collect()

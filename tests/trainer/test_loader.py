@@ -229,6 +229,22 @@ def test_an_epoch_sees_about_every_target_once(room):
     assert len(orders) > 1
 
 
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [((1, 1), "no user of the corpus has two train events.*less is held out"),
+     ((1, 3), "no user in .*/0.tar has two train events, but users in other shards .* fewer train.streams than 2")],
+)  # fmt: skip
+def test_a_stream_without_a_target_says_what_helps(tmp_path, lengths, message):
+    shards = [str(tmp_path / f"{number}.tar") for number in range(2)]
+    for number, length in enumerate(lengths):
+        tiny._write_shard(tmp_path / f"{number}.tar", [(1, np.arange(1, 1 + length))], "train")
+    config = tiny.tiny_config(tmp_path / "work", train__streams="2")
+    streams = [loader.Stream(config, shards, stream, epoch=0) for stream in range(2)]
+    empty = next(stream for stream in streams if stream._order.tolist() == [0])
+    with pytest.raises(ValueError, match=message):
+        empty.take(1)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_eval_covers_every_user_once_at_any_world_size(room, world_size):
     config, corpus, catalog = room
