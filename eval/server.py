@@ -8,6 +8,7 @@ the model on the path, and that is what answers. What a row may ask for is check
 
 import argparse
 import asyncio
+import codecs
 import difflib
 import json
 import logging
@@ -87,7 +88,11 @@ def guarded(app: Callable, columns: Sequence[str], limits: Limits) -> Callable:
                 return None
             if scope["path"] == "/invocations" and scope["method"] == "POST":
                 _check_type(scope)
+                body = body.removeprefix(codecs.BOM_UTF8)  # PowerShell's files begin with one
                 _check_body(body, columns)
+                others = [header for header in scope["headers"] if header[0] != b"content-type"]
+                # MLflow knows one way to write it.
+                scope = scope | {"headers": [*others, (b"content-type", b"application/json")]}
             status, headers, answered = await _ask(app, scope, body, receive, limits)
         except Refused as refused:
             status, reason = refused.args
@@ -166,7 +171,7 @@ def _check_body(body: bytes, columns: Sequence[str]) -> None:
         if name not in columns:
             near = difflib.get_close_matches(str(name)[:60], columns, n=1, cutoff=0)[0]
             raise Refused(
-                400, f"a row has no {str(name)[:60]!r}; did you mean {near!r}? It may have {', '.join(columns)}"
+                400, f"{str(name)[:60]!r} is unknown; did you mean {near!r}? A row may have {', '.join(columns)}"
             )
     if len(set(names)) < len(names):
         raise Refused(400, f"{SPLIT} names a column twice")

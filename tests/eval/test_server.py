@@ -1,6 +1,7 @@
 """The limits around MLflow's app, with another app behind them and limits that a test can wait for."""
 
 import asyncio
+import codecs
 import contextlib
 import json
 import socket
@@ -95,6 +96,8 @@ def test_what_is_within_the_limits_goes_through():
             200,
             body.decode(),
         )
+        capitals = post("/invocations", codecs.BOM_UTF8 + body, kind='APPLICATION/JSON; charset="UTF-8"')
+        assert (await exchange(port, capitals))[:2] == (200, body.decode())
         assert (await exchange(port, b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
 
     serving(work)
@@ -148,7 +151,7 @@ def test_clients_that_stop_in_the_middle_hold_nothing():
         (post("/invocations", b'{"dataframe_records": [["i3"]]}'), 400, "must be a list of objects"),
         (post("/invocations", b'{"dataframe_records": [{"histori": ["i3"]}]}'), 400, "did you mean 'history'?"),
         (post("/invocations", b'{"dataframe_records": [{"k": 1}]}'), 400, "row 1: history is missing"),
-        (post("/invocations", b'{"dataframe_split": {"columns": ["k", 7], "data": [[1, 2]]}}'), 400, "has no '7'"),
+        (post("/invocations", b'{"dataframe_split": {"columns": ["k", 7], "data": [[1, 2]]}}'), 400, "'7' is unknown"),
         (
             post("/invocations", b'{"dataframe_split": {"columns": ["history"], "data": [7]}}'),
             400,

@@ -158,7 +158,7 @@ def test_requests_over_http(url):
         ({"history": ["\ud83d"]}, r"row 2: '\ud83d' is no text: it holds half a surrogate pair"),
         ({"history": ["x" * 1_000_000]}, "row 2: history[0] has 1,000,000 characters"),
         ({"k": 3}, "row 2: history is missing"),
-        ({"history": ["i3"], "exlude": ["i7"]}, "a row has no 'exlude'; did you mean 'exclude'"),
+        ({"history": ["i3"], "exlude": ["i7"]}, "'exlude' is unknown; did you mean 'exclude'"),
     ]:
         status, message = ask(good, wrong)
         assert (status, message[: len(reason)]) == (400, reason)
