@@ -30,6 +30,8 @@ CONTEXT = 3
 
 # Time of an event that the input gives none for (given splits often name valid and test pairs only).
 NO_TIME = -1
+FIRST_MS = 788_918_400_000  # 1995-01-01: no shop's log is older
+MS_PER_DAY = 86_400_000
 
 ITEMS = pa.schema(
     [

@@ -12,11 +12,10 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
+from contract.schema import FIRST_MS, MS_PER_DAY
 from contract.settings import Etl
 from etl.values import REPLACEMENT
 
-MS_PER_DAY = 86_400_000
-FIRST_MS = 788_918_400_000  # 1995-01-01: no shop's log is older
 MAX_EVENT_TYPES = 127  # an event is an int8
 MAX_GROUPS = 1000  # reasons and event types that are counted; a log has a dozen
 PROBE_ROWS = 1000

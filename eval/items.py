@@ -3,6 +3,7 @@
 import difflib
 import functools
 import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ import pyarrow.dataset as pads
 from contract import files
 
 TITLE_CHARS = 80  # corpus/ keeps no titles apart: one is the beginning of an item's text
+_ID_CHARS = 64  # of an unknown id, that are compared with those of the catalog
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 3, 3, 3
 
 
 @dataclass(frozen=True)
@@ -55,18 +61,28 @@ def indices(names: ItemNames, item_ids: Sequence[str], what: str) -> np.ndarray:
     unknown = [item_id for item_id in item_ids if item_id not in names.item_idx]
     if unknown:
         first, others = unknown[0], f", as are {len(unknown) - 1:,} others" if len(unknown) > 1 else ""
-        raise ValueError(f"{what}: item {first!r} is unknown{others}; did you mean {nearest(names, first)!r}?")
+        known = shown(nearest(names, first))
+        raise ValueError(f"{what}: item {shown(first)} is unknown{others}; did you mean {known}?")
     return np.array([names.item_idx[item_id] for item_id in item_ids], np.int64)
 
 
 def nearest(names: ItemNames, word: str) -> str:
     """The item_id most like the word, of the hundred that share most of its pairs of neighbouring characters."""
+    word = word[:_ID_CHARS].encode(errors="replace").decode()  # half a surrogate pair is no character to Arrow
     ids = names.item_id[1:]
     shared = np.zeros(len(ids), np.int64)
-    for pair in {word[i : i + 2] for i in range(min(len(word), 64) - 1)}:
+    for pair in {word[i : i + 2] for i in range(len(word) - 1)}:
         shared += pc.match_substring(ids, pair).to_numpy(zero_copy_only=False)
     best = np.argsort(-shared, kind="stable")[:100]
     return difflib.get_close_matches(word, ids.take(pa.array(best)).to_pylist(), n=1, cutoff=0)[0]
+
+
+def shown(value: object) -> str:
+    """A value that came from outside as a message repeats it: a short piece of it, in the words of JSON."""
+    for word, same in (("null", None), ("true", True), ("false", False)):
+        if value is same:
+            return word
+    return _SHORT.repr(value)
 
 
 def choose(names: ItemNames, only: str | None, exclude: str | None) -> np.ndarray | None:
@@ -97,5 +113,5 @@ def _read_ids(option: str, text: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{option} {text} cannot be read: {error}") from None
     if not ids:
-        raise ValueError(f"{option} {text}: there are no item ids")
+        raise ValueError(f"{option} {shown(text)}: there are no item ids")
     return ids

@@ -19,6 +19,7 @@ from eval.parts import ELSEWHERE
 from trainer.samples import Block
 
 IDS_AT_ONCE = 1 << 22  # looked up in one pass over users.parquet
+ID_CHARS = 80  # of an id that is told
 _COLUMNS = ["user_idx", "item_idx", "ts", "event"]
 
 
@@ -29,7 +30,7 @@ class Asked:
     user_idx: np.ndarray  # int64, ascending, each once
     num_ids: int  # of the file, repeated ones and unknown ones included
     num_unknown: int
-    first_unknown: tuple[str, ...]
+    first_unknown: tuple[str, ...]  # their first ID_CHARS characters
 
 
 def find_users(corpus: Path, num_users: int, file: Path, unknown_file: Path) -> Asked:
@@ -52,6 +53,7 @@ def find_users(corpus: Path, num_users: int, file: Path, unknown_file: Path) -> 
         if unknown:
             _append(unknown_file, unknown)
         num_ids, num_unknown, first = num_ids + len(ids), num_unknown + len(unknown), (first + unknown)[:3]
+        first = [user_id[:ID_CHARS] for user_id in first]
     if num_ids == 0:
         raise ValueError(f"{file} holds no user ids; to recommend for all users leave --users out")
     if not asked.any():
@@ -83,8 +85,8 @@ def _read_ids(file: Path) -> Iterator[pa.Array]:
             yield ids
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(
-            f"--users={file} cannot be read: {error}; it must hold a user_id per line, or be .csv or .parquet with a "
-            "column user_id of texts or integers"
+            f"--users={file} cannot be read: {str(error)[:300]}; it must hold a user_id per line, or be "
+            ".csv or .parquet with a column user_id of texts or integers"
         ) from None
 
 

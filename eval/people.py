@@ -2,8 +2,12 @@
 
 A text is read as an item that the catalog does not hold: it has content tokens, by the tokenizer of corpus/, and no
 atomic embedding. All else is as for the users of corpus/: order, recency, time gaps, event types.
+
+What is no item_id of the catalog is a text, but for a single word with a digit or an underscore (ASCII) that no item's
+text holds: that is an item_id with a mistake in it, or of another catalog, and refused.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +18,14 @@ from contract import schema
 from contract.artifacts import Artifact
 from contract.schema import Ragged
 from contract.settings import Config
-from eval.items import ItemNames, nearest
+from eval.items import ItemNames, nearest, shown
 from trainer import inputs, samples
 from trainer.inputs import Catalog
 from trainer.packing import to_tensors
 from trainer.recommender import Recommender
+
+_ID = re.compile(r"(?=.*[0-9_])[!-~]+")
+_MAX_EVENTS_TOLD = 20
 
 
 @dataclass(frozen=True)
@@ -50,29 +57,54 @@ class Reader:
         """An item where the words are an item_id of the catalog, else a text.
 
         Raises:
-            ValueError: the words say nothing to the model, or there is no such event.
+            ValueError: the words say nothing to the model, or are an unknown item_id; or there is no such event.
         """
         if event and event not in self._events:
-            known = ", ".join(self._events) or "none: the log had no types"
-            raise ValueError(f"event {event!r} is unknown; there are: {known}")
+            known = ", ".join(self._events[:_MAX_EVENTS_TOLD]) or "none: the log had no types"
+            raise ValueError(f"event {shown(event)} is unknown; there are: {known}")
         code = 1 + self._events.index(event) if event else 0
         item_idx = self.names.item_idx.get(words.strip(), 0)
         return Act(item_idx, self._catalog.tokens.row(item_idx) if item_idx else self.token_ids(words), ts, code)
 
     def token_ids(self, text: str) -> np.ndarray:
-        """int32: the content tokens of a text, at most etl.max_item_tokens. Raises ValueError when it has none."""
-        if not text.strip():
+        """int32: the content tokens of a text, at most etl.max_item_tokens.
+
+        Raises:
+            ValueError: it has none, or is an item_id that the catalog does not hold.
+        """
+        text = text.strip()
+        if not text:
             raise ValueError("an entry of the history is empty: give an item id or a text")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"{shown(text)} is no text: it holds half a surrogate pair, or bytes that are not UTF-8")
         if self._processor is None:
             raise ValueError(
-                f"{text!r} is no item id (the nearest is {nearest(self.names, text)!r}), and as the items of this "
-                "corpus have no texts, no other words can be read"
+                f"{shown(text)} is no item id (the nearest is {shown(nearest(self.names, text))}), and as the items of "
+                "this corpus have no texts, no other words can be read"
             )
         token_ids = np.array(self._processor.encode(text[: self._max_text])[: self._max_tokens], np.int32)
         known = set(token_ids.tolist()) - {schema.UNK, self._processor.piece_to_id("\u2581")}
+        if _ID.fullmatch(text) and not self._is_in_texts(text):
+            raise ValueError(
+                f"item {shown(text)} is unknown; did you mean {shown(nearest(self.names, text))}? Nor is it a word of "
+                "the items' texts; to be read as a text it needs others beside it"
+            )
         if not known:
-            raise ValueError(f"{text!r} is no item id, and none of its words occur in the texts of the catalog")
+            raise ValueError(f"{shown(text)} is no item id, and none of its words occur in the texts of the catalog")
         return token_ids
+
+    def _is_in_texts(self, word: str) -> bool:
+        """Whether the content tokens of an item hold those of the word in a row, in capitals or not."""
+        values, offsets = self._catalog.tokens.values, self._catalog.tokens.offsets
+        for form in {word, word.lower(), word.upper(), word.capitalize()}:
+            token_ids = self._processor.encode(form)
+            place = np.flatnonzero(values[: max(0, len(values) - len(token_ids) + 1)] == token_ids[0])
+            for i, token_id in enumerate(token_ids):
+                place = place[values[place + i] == token_id]
+            item, end = (np.searchsorted(offsets, place + i, "right") for i in (0, len(token_ids) - 1))
+            if (item == end).any():
+                return True
+        return False
 
 
 def batch_of(config: Config, catalog: Catalog, people: Sequence[Sequence[Act]]) -> dict:

@@ -4,7 +4,8 @@ python eval/serving.py --config configs/demo.toml
 python eval/serving.py --config configs/demo.toml --port 5001
 
 It is registered under the name of the experiment. It holds copies of the model, the GIDs, and of corpus/ the items,
-their sampled users and the tokenizer; interactions and shards stay where they are. eval/served.py is what it does.
+their sampled users and the tokenizer; interactions and shards stay where they are. eval/served.py is what it does,
+eval/server.py the server.
 """
 
 import argparse
@@ -41,10 +42,11 @@ PACKAGES = ("mlflow", "torch", "transformers", "safetensors", "sentencepiece", "
 PACKAGES += ("pandas", "numpy", "scipy")
 
 SIGNATURE = ModelSignature(
-    # eval/served.py checks the optional ones: if they had types, some rows alone could not do without them.
+    # eval/served.py checks them all: MLflow would make texts of numbers and of null, and of optional columns that have
+    # types some rows alone could not do without.
     inputs=Schema(
         [
-            ColSpec(Array(DataType.string), "history"),  # item ids or texts, oldest first
+            ColSpec(AnyType(), "history"),  # item ids or texts, oldest first
             ColSpec(AnyType(), "timestamps", required=False),  # of the history, whole ms
             ColSpec(AnyType(), "events", required=False),  # of the history, such as "view"
             ColSpec(AnyType(), "k", required=False),  # a whole number
@@ -91,18 +93,19 @@ def main(argv: list[str]) -> None:
             input_example=pd.DataFrame([{"history": [read_names(inputs["corpus"].path).item_id[1].as_py()], "k": 5}]),
             pip_requirements=requirements(),
         )
-    # mlflow looks for uvicorn in PATH, where it need not be when its environment is not activated.
-    place = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "MLFLOW_TRACKING_URI": absolute_uri(config.tracking.uri),
-    }
-    command = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "--port", str(given.port or 5001)]
+    store = {"MLFLOW_TRACKING_URI": absolute_uri(config.tracking.uri)}
+    command = [
+        sys.executable,
+        str(Path(__file__).absolute().with_name("server.py")),
+        uri,
+        "--port",
+        str(given.port or 5001),
+    ]
     if given.port:
         progress(f"serves {uri} at http://127.0.0.1:{given.port}/invocations")
-        os.execvpe(command[0], command, os.environ | place)
-    path = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
-    tracking = shlex.quote(place["MLFLOW_TRACKING_URI"])
-    progress(f"logged {uri}; serve it with\n\nPATH={path} MLFLOW_TRACKING_URI={tracking} {shlex.join(command)}\n")
+        os.execve(command[0], command, os.environ | store)
+    told = " ".join(f"{name}={shlex.quote(value)}" for name, value in store.items())
+    progress(f"logged {uri}; serve it with\n\n{told} {shlex.join(command)}\n")
 
 
 def gather(config: Config, inputs: dict[str, Artifact], folder: Path) -> None:

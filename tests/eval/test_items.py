@@ -46,5 +46,5 @@ def test_candidates_are_what_only_and_exclude_leave(names, tmp_path):
     with pytest.raises(ValueError, match="leave no item"):
         choose(names, "A17", "A17,12345")
     file.write_text("\n")
-    with pytest.raises(ValueError, match=r"--exclude .*ids.txt: there are no item ids"):
+    with pytest.raises(ValueError, match=r"--exclude .*ids.txt': there are no item ids"):
         choose(names, None, str(file))

@@ -49,6 +49,10 @@ def test_files_that_are_no_lists_of_users_are_refused(corpus, tmp_path):
     (tmp_path / "others.txt").write_text("anna\nbob\n")
     with pytest.raises(ValueError, match=r"none of the 2 user ids .* 'anna' for one"):
         find("others.txt")
+    (tmp_path / "others.txt").write_text("anna" * 100_000)
+    with pytest.raises(ValueError, match="'annaanna") as error:
+        find("others.txt")
+    assert len(str(error.value)) < 500
     (tmp_path / "ids.csv").write_text("id\nu1\n")
     with pytest.raises(ValueError, match="user_id"):
         find("ids.csv")

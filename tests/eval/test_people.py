@@ -1,6 +1,7 @@
 """A person told in ids and words is read as a user of the corpus is."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,23 @@ def test_what_says_nothing_is_refused(room, reader):
     reader = people.Reader(room[0], room[1], room[2], read_names(room[1].path))
     with pytest.raises(ValueError, match=r"'i41' is no item id \(the nearest is 'i4.?'\).* have no texts"):
         reader.act("i41")
+
+
+def test_a_word_with_a_digit_is_an_item_id_unless_a_text_holds_it(room, reader):
+    config, corpus, catalog, _ = room
+    pieces = sentencepiece.SentencePieceProcessor(str(corpus.path / "tokenizer" / "spiece.model"))
+    texts = [pieces.encode(text) for text in ("item 4", "wool2 of item 31", "some i")]
+    torn = pieces.encode("wool40")
+    texts += [torn[:-1], torn[-1:]]
+    told = replace(catalog, tokens=schema.with_padding_row(ragged(texts)))
+    reader = people.Reader(config, corpus, told, reader.names)
+    for text in ("31", " wool2 ", "WOOL2", "wool", "item i77", "some-wool", "31 77"):
+        assert reader.act(text).item_idx == 0
+    # The tokens of the last are in a row, but of two items.
+    for word in ("i77", "I3", "i3,i4", "wool31", "i_7", "i" * 50_000 + "3", "wool40"):
+        with pytest.raises(ValueError, match=r"^item '.*' is unknown; did you mean 'i\d+'\? Nor is it a word") as error:
+            reader.act(word)
+        assert len(str(error.value)) < 300
+    for text in ("some \ud83d", "\udcff"):
+        with pytest.raises(ValueError, match="is no text: it holds half a surrogate pair, or bytes that are not UTF-8"):
+            reader.act(text)
