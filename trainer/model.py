@@ -32,8 +32,8 @@ has a target after every item. L_rec and L_softmax take all of them, the losses 
 h(X) is the encoder's state at eos. h . h, which the paper leaves unscaled, is scaled by d_model^-0.5: with
 RMS-normalised states it would start saturated.
 
-Axes in names: B rows, L encoder positions, N targets of a row, S targets of all rows, T levels of a GID (T = l), K codes,
-M vectors of a code, P prefixes, Q items drawn at random, C items below a prefix, D width.
+Axes in names: B rows, L encoder positions, N targets of a row, S targets of all rows, T levels of a GID (T = l),
+K codes, M vectors of a code, P prefixes, Q items drawn at random, C items below a prefix, D width.
 """
 
 import torch
@@ -481,7 +481,7 @@ class Teacher:
 
 
 def last_read(states_BLD: torch.Tensor, mask_BNL: torch.Tensor) -> torch.Tensor:
-    """(B, N, D): h(X) of those who read so many of the first states of a row as their mask has True, the last of them."""
+    """h(X), (B, N, D), of those who read as many of the first states of a row as their mask has True: the last one."""
     at_BN = (mask_BNL.sum(-1) - 1).clamp_min(0)
     return states_BLD.gather(1, at_BN[..., None].expand(-1, -1, states_BLD.shape[-1]))
 
