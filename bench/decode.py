@@ -73,7 +73,7 @@ def random_model(case: dict) -> tuple[ColaRec, torch.Tensor | None]:
     torch.manual_seed(0)
     model = ColaRec(ColaRecConfig(num_encoder_layers=1, dropout=0.0, **sizes))
     with torch.no_grad():
-        for codes in (model.codebook_TKD, *model.prefix_codebooks):
+        for codes in model.parameters_of_codes():
             codes.mul_(30)
         model.start_D.mul_(10)
     v_ID = torch.randn(case["items"] + 1, sizes["d_model"]) if model.config.leaves_are_items else None

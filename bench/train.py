@@ -115,7 +115,7 @@ def measure_peer(config: Config, num_steps: int) -> dict:
     torch.manual_seed(config.seed)
     model = Peer(model_config(config, catalog)).to(device)
     optimizer, batches = torch.optim.AdamW(model.parameters(), lr=5e-4), iter(PeerBatches(config, corpus, catalog))
-    weights, counts = vars(config.loss), torch.zeros(2)
+    weights, counts = config.loss.weights, torch.zeros(2)
 
     def step() -> None:
         batch = next(batches)

@@ -213,10 +213,10 @@ def model_config(config: Config, scale: Scale, tables: bool = False) -> ColaRecC
         num_users=int(scale.users) if tables and config.history.user_slots else 0,
         gid_length=gid_levels(config, scale),
         branching=config.gid.branching,
-        **{name: getattr(m, name) for name in ("d_model", "d_ff", "d_kv", "num_heads", "codebooks", "tie_codebooks")},
+        **{name: getattr(m, name) for name in ("d_model", "d_ff", "d_kv", "num_heads", "codebooks", "code_vectors")},
         num_encoder_layers=m.num_encoder_layers,
         num_decoder_layers=m.num_decoder_layers,
-        loss_weights=vars(config.loss),
+        loss_weights=config.loss.weights,
     )
 
 

@@ -218,7 +218,7 @@ def _check(config: Config) -> None:
         )
     if config.model.item_table == "none" and not config.history.content:
         raise ValueError("model.item_table = 'none' and history.content = false: the encoder would know no item apart")
-    if not any(vars(config.loss).values()):
+    if not any(config.loss.weights.values()):
         raise ValueError("all weights of [loss] are 0: nothing would be learned")
 
 

@@ -237,12 +237,14 @@ class Model:
     dropout: float = _opt(0.3, "dropout rate", low=0, high=0.99)
     codebooks: str = _opt(
         "prefix",
-        "what the codes after a prefix are to the decoder: 'prefix': a codebook of each prefix, and in place of the "
-        "last codes the items themselves, v_i, of which only those below the prefix compete; 'level': a codebook of "
-        "each level, whatever the prefix (the paper)",
+        "what the codes after a prefix are to the decoder: 'prefix': some vectors of each code after each prefix, and "
+        "in place of the last codes the items themselves, v_i, of which only those below the prefix compete; 'level': "
+        "a codebook of each level, whatever the prefix (the paper)",
         ("prefix", "level"),
     )
-    tie_codebooks: bool = _opt(True, "heads are the levels' input codebooks (the paper's equation) or apart (its code)")
+    code_vectors: int = _opt(
+        4, "vectors of a code after a prefix, each for a part of the items below (codebooks 'prefix')", low=1
+    )
     item_init: str = _opt(
         "cf",
         "start of the atomic item embeddings: 'cf': the CF embeddings under a random rotation; 'random', as hashed "
@@ -268,8 +270,8 @@ class Model:
 class Loss:
     """Weights of the losses; 0 switches one off and saves its forward passes."""
 
-    rec: float = _opt(0.1, "cross-entropy of the target's GID given the user", low=0)
-    index: float = _opt(0.02, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
+    rec: float = _opt(1.0, "cross-entropy of the target's GID given the user", low=0)
+    index: float = _opt(0.0, "cross-entropy of an item's GID given the item, for positive and negative item", low=0)
     bpr: float = _opt(0.0, "the user ranks the positive above the negative item (the paper's ranking loss)", low=0)
     softmax: float = _opt(
         1.0,
@@ -278,6 +280,19 @@ class Loss:
         low=0,
     )
     contrastive: float = _opt(0.0, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
+    distil: float = _opt(
+        0.8,
+        "share of the ranking score's own distribution in the codes that loss.rec asks for, where L_softmax trains that "
+        "score and codebooks are of prefixes: the decoder then learns from the score and leaves the encoder alone; 0: "
+        "the codes of the target and nothing else, as in the paper",
+        low=0,
+        high=1,
+    )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """{loss: its weight}."""
+        return {name: weight for name, weight in vars(self).items() if name != "distil"}
 
 
 @dataclass(frozen=True)
@@ -370,14 +385,15 @@ class Eval:
     beams: int = _opt(100, "beam width", low=1)
     hybrid: float = _opt(
         -1.0,
-        "weight of h(X_u) . v_i, the ranking score, beside the log-probability, over the best of the beam and the "
-        "best by that score; 0: the beam's alone, as in the paper ('generative'); -1: what ranks the valid users best",
+        "weight w of h(X_u) . v_i, the ranking score, beside the log-probability: (log p + w h . v) / (1 + w), over the "
+        "best of the beam and the best by that score; 0: of the beam's, by log p, as in the paper; -1: what ranks the "
+        "valid users best",
         low=-1,
     )
     neighbours: float = _opt(
         -1.0,
-        "weight of the neighbours of a history's items beside h(X_u) . v_i in the hybrid; 0: none, as in the paper; "
-        "-1: what ranks the valid users best",
+        "weight of the neighbours of a history's items beside that; 0: none, as in the paper; -1: what ranks the valid "
+        "users best",
         low=-1,
     )
     batch: int = _opt(256, "users decoded at once by a rank", low=1)
@@ -387,8 +403,8 @@ class Eval:
 
     @property
     def ranks_by(self) -> str:
-        """`mode`, which is 'generative' as well where the other score of the hybrid weighs nothing."""
-        return "generative" if self.mode == "hybrid" and not self.hybrid else self.mode
+        """`mode`, which is 'generative' as well where nothing else of the hybrid weighs anything."""
+        return "generative" if self.mode == "hybrid" and not (self.hybrid or self.neighbours) else self.mode
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _split(config: Config) -> str:
 def protocol(config: Config, num_users: int, num_items: int, device: str, **facts: str) -> dict[str, str]:
     """What a reader must know to compare the numbers. `facts`: more of them, such as how long it was trained."""
     history, train, loss = config.history, config.train, config.loss
-    weights = {name: weight for name, weight in dataclasses.asdict(loss).items() if weight}
+    weights = {name: weight for name, weight in loss.weights.items() if weight}
     model, valid_in_history = config.model, config.eval.split == "test" and config.etl.valid_in_history
     return {
         "data": f"{config.name}: {num_users:,} {config.eval.split} users, {num_items:,} items, all of them ranked",
@@ -87,10 +87,16 @@ def _decoding(config: Config, num_items: int) -> str:
     found = "the GIDs of all items" if every else f"{settings.beams} beams over the GIDs of all items"
     if settings.ranks_by != "hybrid":
         return found
-    total, third = f"log p + {settings.hybrid:g} {score}", ""
-    if settings.neighbours > 0:
-        total, third = f"log p + {settings.hybrid:g} ({score} + {settings.neighbours:g} c)", " and by c, the neighbours"
-    return f"{found}, ranked by {total}" if every else f"{found}; with as many by {score}{third}, ranked by {total}"
+    total, others = "log p", []
+    if settings.hybrid:
+        total, others = f"(log p + {settings.hybrid:g} {score}) / {1 + settings.hybrid:g}", [score]
+    if settings.neighbours:
+        total, others = f"{total} + {settings.neighbours:g} c", [*others, "c, the neighbours"]
+    return (
+        f"{found}, ranked by {total}"
+        if every
+        else f"{found}; with as many by {' and by '.join(others)}, ranked by {total}"
+    )
 
 
 def numbers(results: Results) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from gid.tree import GidTree
-from trainer.model import ColaRec, leaf_logits
+from trainer.model import ColaRec, last_read, leaf_logits
 
 # Users whose leaves are scored at once: with 100 beams and 32 leaves of 64 wide vectors 13 MB.
 _ROWS = 16
@@ -99,7 +99,7 @@ def gid_log_p(
             log_p_BUC = _leaf_log_p(d_BUD, below_BUC, v_ID)
         else:
             logits_BUK = model.code_logits(level, prefix_BN.gather(1, first_BU), d_BUD)
-            log_p_BUC, choice_BN = logits_BUK.float().log_softmax(-1), code_BN
+            log_p_BUC, choice_BN = logits_BUK.log_softmax(-1), code_BN
         levels.append(log_p_BUC[row_B1, u_BN, choice_BN])
         if level == length - 1:
             break
@@ -134,7 +134,7 @@ def _children_log_p(
     """log p of the codes that lead on from nodes, float32 (B, N, C); where there is none, code -1, meaningless."""
     if level == tree.length - 1 and v_ID is not None:
         return _leaf_log_p(d_BND, tree.items(node_BN), v_ID)
-    log_p_BNK = model.code_logits(level, prefix_BN, d_BND).float().log_softmax(-1)
+    log_p_BNK = model.code_logits(level, prefix_BN, d_BND).log_softmax(-1)
     return log_p_BNK.gather(-1, code_BNC.clamp_min(0))
 
 
@@ -220,6 +220,7 @@ class Decoder:
         first = self._blocks[0].layer[0].SelfAttention
         self._split = (first.n_heads, first.key_value_proj_dim)
         self._cross_mask = mask_BL[:, None, None, :]
+        self._h_B1D = last_read(states_BLD, mask_BL[:, None]) if model.config.leaves_are_items else 0
         self._cross, self._own = [], []
         for block in self._blocks:
             attention = block.layer[1].EncDecAttention
@@ -237,7 +238,7 @@ class Decoder:
             x_BND = x_BND + self._self_attention(i, block.layer[0], x_BND, bias_SH)
             x_BND = x_BND + self._cross_attention(i, block.layer[1], x_BND)
             x_BND = block.layer[2](x_BND)
-        return self._model.decoder.final_layer_norm(x_BND)
+        return self._model.decoder.final_layer_norm(x_BND) + self._h_B1D
 
     def select(self, parent_BN: torch.Tensor) -> "Decoder":
         """The decoder whose beam n of each user goes on from what is beam parent_BN[:, n] here."""

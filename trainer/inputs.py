@@ -57,6 +57,10 @@ class Catalog:
         cdf = np.concatenate([[0.0], np.cumsum(root)])
         return cdf / cdf[-1]
 
+    def prefix(self, item_idx: np.ndarray, branching: int) -> np.ndarray:
+        """int64: the l-1 prefixes of items as numbers, whose digits to the base K are the codes."""
+        return self.gids[item_idx, :-1] @ branching ** np.arange(self.gids.shape[1] - 2, -1, -1)
+
     @property
     def num_items(self) -> int:
         return len(self.gids) - 1

@@ -92,7 +92,7 @@ class TrainBatches(torch.utils.data.IterableDataset):
         next_row, next_at (S,): the targets, as rows of user and the positions in them that they come after; a row has
         one, after its last position, or with causal attention one after each item; next_gid (S, l); next_weight (S,)
         at (B,): the position of that target of each row which the losses of items take; weight float32 (B,)
-        candidate: item (N,), distinct, with content bags; with L_softmax, into it next (S,), the targets, and random
+        candidate: item (N,), distinct, with prefix (N,), the numbers of their l-1 prefixes, and content bags; with L_softmax, into it next (S,), the targets, and random
         (R,), the items that are drawn at random for the step, or all; log_q float32 (R,): log of how often each of
         these is drawn; where leaves are items, 1 + rows of it next_leaf (S, C): the items of the prefix of each target,
         0 where there are no more, and next_choice (S,): its column among them
@@ -215,7 +215,8 @@ class TrainBatches(torch.utils.data.IterableDataset):
             return {}
         distinct = np.unique(np.concatenate(everything))
         distinct = distinct[distinct > 0]
-        batch = {"candidate": {"item": distinct} | inputs.content_bags(self.config, self.catalog, distinct)}
+        batch = {"candidate": {"item": distinct, "prefix": self.catalog.prefix(distinct, self.config.gid.branching)}}
+        batch["candidate"] |= inputs.content_bags(self.config, self.catalog, distinct)
         for name, (leaf, choice) in leaves.items():
             row = np.where(leaf > 0, 1 + np.searchsorted(distinct, leaf), 0)
             batch |= {f"{name}_leaf": row, f"{name}_choice": choice}

@@ -25,7 +25,7 @@ from trainer import distributed, pretrained, tables
 from trainer.checkpoint import Checkpoints
 from trainer.export import CARD, MODEL_FILES, model_card, write_model
 from trainer.inputs import Catalog, read_catalog
-from trainer.model import ColaRec, init_items, model_config
+from trainer.model import ColaRec, init_codes, init_items, model_config
 from trainer.training import Training
 
 FEW_STEPS = 2000  # with 1,825 the demo's log was learned clearly worse than with twice as many (docs/experiments.md)
@@ -90,9 +90,12 @@ def build_model(config: Config, catalog: Catalog, gid: Artifact, shard: tables.S
     """The model as its first step finds it."""
     shard = shard if config.train.table_optimizer == "rowwise" else None
     model = ColaRec(model_config(config, catalog), shard, config.seed)
+    vectors = None
     if config.model.item_init == "cf" and config.model.item_table == "exact":
         embeddings = np.load(gid.path / "item_embeddings.npy", mmap_mode="r", allow_pickle=False)
-        init_items(model, torch.from_numpy(np.array(embeddings)), torch.from_numpy(catalog.gids), config.seed)
+        vectors = init_items(model, torch.from_numpy(np.array(embeddings)), config.seed)
+    if model.config.leaves_are_items:
+        init_codes(model, torch.from_numpy(catalog.gids), vectors, config.seed)
     if config.model.init:
         progress(f"starts from {pretrained.init_from_t5(model, config)}")
     if config.model.lora_rank:

@@ -11,10 +11,20 @@ L_softmax is not in the paper: sampled softmax over s_ui = h(X_u) . v_i with v_i
 mean of its content tokens. A step draws its random items on all ranks together, by the square root of popularity, and
 takes out how often j is drawn, q_j (Yi et al., RecSys 2019), so that in expectation it is the softmax over all items.
 
-E_t is the codebook of level t in the paper, and so with `codebooks` = "level". With "prefix" a code of the levels
-1 < t < l is E_t,z plus an embedding of the prefix (z_<t, z), and the last code stands for an item i, which is v_i:
-p(z_l | X, z_<l) = softmax over the items below z_<l of d_l . v_i. So what a code means need not be the same below all
-prefixes, and no probability goes to leaves that are no items.
+E_t is the codebook of level t in the paper, and so with `codebooks` = "level". With "prefix" the decoder is a search
+by s_ui down the tree, and learns what that misses:
+
+    d_t = Decoder(Encoder(X), z_<t) + h(X)
+    p(z_t | X, z_<t)  ~  sum over m of exp(d_t . e_m + b_m)     e_m, b_m of the prefix (z_<t, z_t), m = 1 .. M
+    p(z_l | X, z_<l)  ~  exp(d_l . v_i)                         of the item i that the GID leads to
+
+each normalised over what is below z_<t. The softmax over items gives a node the mass of the items below it, the sum of
+exp(s_ui), which M vectors e_m, each at the mean of a part of these items, with b_m the log of their number, come near
+to; one vector is .43 off in its log, four .31, eight .23 (docs/experiments.md). The decoder's last norm starts at 0.
+
+L_rec then asks for two things at once (`loss.distil`): the code of the target, and the distribution that the score
+s_ui itself has over the codes after a prefix, from the items that L_softmax draws. Its gradient stays in the decoder,
+the e_m and b_m: encoder and v_i are L_softmax's, and do not overfit to codes.
 
 A causal encoder reads X_u from left to right: the state at its t-th item is h of a user with t items, so that one pass
 has a target after every item. L_rec and L_softmax take all of them, the losses of items one, drawn at random.
@@ -22,7 +32,8 @@ has a target after every item. L_rec and L_softmax take all of them, the losses 
 h(X) is the encoder's state at eos. h . h, which the paper leaves unscaled, is scaled by d_model^-0.5: with
 RMS-normalised states it would start saturated.
 
-Axes in names: B rows, L encoder positions, N targets of a row, T levels of a GID (T = l), K codes, D width.
+Axes in names: B rows, L encoder positions, N targets of a row, S targets of all rows, T levels of a GID (T = l),
+K codes, M vectors of a code, P prefixes, Q items drawn at random, C items below a prefix, D width.
 """
 
 import torch
@@ -42,6 +53,9 @@ from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 # within some hundred steps.
 EMBEDDING_STD = 0.03
 LOSSES = ("rec", "index", "bpr", "softmax", "contrastive")
+NOTHING_BELOW = -10.0  # b_m where no item is below: next to no probability
+CLUSTER_ROUNDS = 5  # of k-means among the items below a prefix, for the start of the e_m
+CLUSTER_ROWS = 1 << 18  # items compared with their centres at once
 
 
 class ColaRecConfig(PreTrainedConfig):
@@ -73,12 +87,13 @@ class ColaRecConfig(PreTrainedConfig):
         num_decoder_layers: int = 2,
         dropout: float = 0.1,
         codebooks: str = "level",
-        tie_codebooks: bool = True,
+        code_vectors: int = 1,
         item_table: str = "exact",
         user_table: str = "exact",
         hash_functions: int = 2,
         hash_rows: int = 1,
         loss_weights: dict[str, float] | None = None,
+        distil: float = 0.0,
         experiment: dict | None = None,
         **kwargs,
     ):
@@ -87,10 +102,11 @@ class ColaRecConfig(PreTrainedConfig):
         self.gid_length, self.branching, self.max_recency = gid_length, branching, max_recency
         self.d_model, self.d_ff, self.d_kv, self.num_heads = d_model, d_ff, d_kv, num_heads
         self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
-        self.dropout, self.codebooks, self.tie_codebooks = dropout, codebooks, tie_codebooks
+        self.dropout, self.codebooks, self.code_vectors = dropout, codebooks, code_vectors
         self.item_table, self.user_table = item_table, user_table
         self.hash_functions, self.hash_rows = hash_functions, hash_rows
         self.loss_weights = dict.fromkeys(LOSSES, 0.0) | (loss_weights or {})
+        self.distil = distil
         self.experiment = experiment or {}
         super().__init__(**kwargs)
 
@@ -98,6 +114,11 @@ class ColaRecConfig(PreTrainedConfig):
     def leaves_are_items(self) -> bool:
         """Whether the last code of a GID is, to the decoder, the item that it leads to."""
         return self.codebooks == "prefix"
+
+    @property
+    def distils(self) -> bool:
+        """Whether L_rec learns from the ranking score, and trains the decoder alone."""
+        return bool(self.leaves_are_items and self.distil and self.loss_weights["softmax"])
 
     @property
     def code_levels(self) -> int:
@@ -125,12 +146,13 @@ def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
         num_decoder_layers=model.num_decoder_layers,
         dropout=model.dropout,
         codebooks=model.codebooks,
-        tie_codebooks=model.tie_codebooks,
+        code_vectors=model.code_vectors,
         item_table=model.item_table,
         user_table=model.user_table,
         hash_functions=model.hash_functions,
         hash_rows=model.hash_rows,
-        loss_weights=vars(config.loss),
+        loss_weights=config.loss.weights,
+        distil=config.loss.distil,
         experiment=config_module.section(config, "history", "model", "loss"),
     )
 
@@ -147,7 +169,7 @@ class ColaRec(PreTrainedModel):
         """With a `shard` the item and user tables are row-wise ones, for training, which start from `seed`."""
         super().__init__(config)
         self.scale = config.d_model**-0.5
-        codes = (max(1, config.code_levels), config.branching, config.d_model)
+        levels, branching, width = config.code_levels, config.branching, config.d_model
         # Content token 0 pads, so the rows of this table are the token ids themselves.
         self.token = _table(config, config.num_tokens - 1)
         self.item = None
@@ -157,14 +179,14 @@ class ColaRec(PreTrainedModel):
         self.event = _table(config, config.num_events)
         self.recency = _table(config, config.max_recency)
         self.gap = _table(config, NUM_GAP_BUCKETS - 1)
-        self.codebook_TKD = nn.Parameter(torch.empty(codes))
-        # Of level t = 1 .. : (K^t prefixes, K, D), beside the level's codebook. Level 0 has one prefix alone.
-        self.prefix_codebooks = nn.ParameterList(
-            nn.Parameter(torch.empty(config.branching**t, *codes[1:]))
-            for t in range(1, config.code_levels if config.leaves_are_items else 0)
-        )
-        self.start_D = nn.Parameter(torch.empty(config.d_model))
-        self.head_TKD = None if config.tie_codebooks else nn.Parameter(torch.empty(codes))
+        self.start_D = nn.Parameter(torch.empty(width))
+        if config.leaves_are_items:
+            sizes = [(branching**level, branching, config.code_vectors) for level in range(levels)]
+            self.code_vectors = nn.ParameterList(nn.Parameter(torch.empty(*size, width)) for size in sizes)
+            self.code_biases = nn.ParameterList(nn.Parameter(torch.empty(size)) for size in sizes)
+        else:  # what the decoder reads and what it is compared with are apart, as in the paper's code
+            self.codebook_TKD = nn.Parameter(torch.empty(levels, branching, width))
+            self.head_TKD = nn.Parameter(torch.empty(levels, branching, width))
         self.encoder = t5_stack(config, is_decoder=False)
         self.decoder = t5_stack(config, is_decoder=True)
         self.post_init()
@@ -177,12 +199,17 @@ class ColaRec(PreTrainedModel):
             nn.init.normal_(module.weight, std=EMBEDDING_STD / rows**0.5)
             module.weight[0] = 0
         elif module is self:
-            nn.init.normal_(self.codebook_TKD, std=EMBEDDING_STD)
             nn.init.normal_(self.start_D, std=EMBEDDING_STD)
-            for codebook_PKD in self.prefix_codebooks:
-                nn.init.normal_(codebook_PKD, std=EMBEDDING_STD)
-            if self.head_TKD is not None:
-                nn.init.normal_(self.head_TKD, std=EMBEDDING_STD)
+            for codes in self.parameters_of_codes():
+                nn.init.normal_(codes, std=EMBEDDING_STD)
+            if self.config.leaves_are_items:
+                for bias_PKM in self.code_biases:
+                    nn.init.zeros_(bias_PKM)
+                nn.init.zeros_(self.decoder.final_layer_norm.weight)
+
+    def parameters_of_codes(self) -> list[nn.Parameter]:
+        """The tables of code embeddings."""
+        return list(self.code_vectors) if self.config.leaves_are_items else [self.codebook_TKD, self.head_TKD]
 
     def compile_layers(self) -> None:
         """Compiles encoder and decoder in place, for any length; state dict and names stay."""
@@ -248,41 +275,54 @@ class ColaRec(PreTrainedModel):
         Args:
             prefix: int64, the number that its codes are the digits of, to the base K.
         """
-        x = self.codebook_TKD[level, code]
-        if self.prefix_codebooks and level:
-            rows_MD = self.prefix_codebooks[level - 1].flatten(0, 1)
-            x = x + F.embedding(prefix * self.config.branching + code, rows_MD)
-        return x
+        if not self.config.leaves_are_items:
+            return self.codebook_TKD[level, code]
+        table_PKMD = self.code_vectors[level]
+        rows = F.embedding(prefix * self.config.branching + code, table_PKMD.flatten(0, 1).flatten(1))
+        return rows.unflatten(-1, table_PKMD.shape[2:]).mean(-2)
 
     def code_logits(self, level: int, prefix: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-        """(..., K): d_t . E_t^T, of a level that has codes, after prefixes (...) as in `code_embedding`."""
-        logits = d @ (self.codebook_TKD if self.head_TKD is None else self.head_TKD)[level].T
-        if self.prefix_codebooks and level:
-            codes_MKD = F.embedding(prefix.flatten(), self.prefix_codebooks[level - 1].flatten(1))
-            codes_MKD = codes_MKD.view(-1, *self.prefix_codebooks[level - 1].shape[1:])
-            logits = logits + (codes_MKD @ d.flatten(0, -2)[..., None])[..., 0].view_as(logits)
-        return logits
+        """float32 (..., K): what softmax makes p(z_t) of, at a level that has codes, after prefixes (...) as in
+        `code_embedding`; d: d_t, (..., D)."""
+        if not self.config.leaves_are_items:
+            return (d @ self.head_TKD[level].T).float()
+        table_PKMD, bias_PKM = self.code_vectors[level], self.code_biases[level]
+        if level == 0:  # one prefix for all
+            parts = d @ table_PKMD.flatten(0, 2).T
+        else:
+            codes = F.embedding(prefix.flatten(), table_PKMD.flatten(1)).unflatten(-1, (-1, table_PKMD.shape[-1]))
+            parts = (codes @ d.flatten(0, -2)[..., None])[..., 0]
+        parts = parts.view(*prefix.shape, *bias_PKM.shape[1:]).float()
+        parts = parts + F.embedding(prefix, bias_PKM.flatten(1)).view_as(parts).float()
+        return parts.logsumexp(-1)
 
-    def path_loss(self, d_STD: torch.Tensor, gid_ST: torch.Tensor, leaves: dict | None) -> torch.Tensor:
-        """-log p(z_t | X, z_<t), float32 (S, T), where the decoder says d_STD before the codes of gid_ST.
+    def path_loss(
+        self, d_STD: torch.Tensor, gid_ST: torch.Tensor, leaves: dict | None, teacher: "Teacher | None" = None
+    ) -> torch.Tensor:
+        """-log p(z_t | X, z_<t), float32 (S, T), where the decoder says d_STD before the codes of gid_ST; with a
+        teacher the cross-entropy of what it asks for in their place.
 
         Args:
-            leaves: where leaves are items; see `loader.TrainBatches` and `leaf_vectors`.
+            leaves: where leaves are items; see `_leaves`.
         """
         losses, prefix_S = [], torch.zeros_like(gid_ST[:, 0])
         for level in range(self.config.code_levels):
-            logits_SK = self.code_logits(level, prefix_S, d_STD[:, level]).float()
-            losses.append(F.cross_entropy(logits_SK, gid_ST[:, level], reduction="none"))
+            wanted = teacher.codes(level, prefix_S, gid_ST[:, level]) if teacher else gid_ST[:, level]
+            logits_SK = self.code_logits(level, prefix_S, d_STD[:, level])
+            losses.append(F.cross_entropy(logits_SK, wanted, reduction="none"))
             prefix_S = prefix_S * self.config.branching + gid_ST[:, level]
         if self.config.leaves_are_items:
-            row_SC = leaves["row"]
-            v_SCD = F.embedding(row_SC, leaves["v"])
-            logits_SC = leaf_logits(d_STD[:, -1], v_SCD, row_SC)
-            losses.append(F.cross_entropy(logits_SC, leaves["choice"], reduction="none"))
+            v_SCD = F.embedding(leaves["row"], leaves["v"])
+            logits_SC = leaf_logits(d_STD[:, -1], v_SCD, leaves["row"])
+            wanted = teacher.leaves(v_SCD, leaves) if teacher else leaves["choice"]
+            if teacher:  # the cross-entropy of probabilities would be inf times 0 where there is no item
+                logits_SC = logits_SC.masked_fill(leaves["row"] == 0, torch.finfo(logits_SC.dtype).min)
+            losses.append(F.cross_entropy(logits_SC, wanted, reduction="none"))
         return torch.stack(losses, 1)
 
     def decode(self, states_BLD: torch.Tensor, mask_BNL: torch.Tensor, gid_BNT: torch.Tensor) -> torch.Tensor:
-        """d_t, (B, N, T, D), of N targets of each row, which read the same states, each what its mask shows.
+        """d_t, (B, N, T, D), of N targets of each row, which read the same states, each what its mask shows: the first
+        states of the row, so many as it has True.
 
         They are one sequence for the decoder, so that keys and values of the states are computed once; masks keep them
         apart, and T5's position bias knows distances alone.
@@ -297,10 +337,15 @@ class ColaRec(PreTrainedModel):
             encoder_hidden_states=states_BLD,
             encoder_attention_mask=mask_BNL.repeat_interleave(levels, 1)[:, None],
         ).last_hidden_state
-        return d_BSD.view(size, num_targets, levels, -1)
+        d_BNTD = d_BSD.view(size, num_targets, levels, -1)
+        return d_BNTD + last_read(states_BLD, mask_BNL)[:, :, None] if self.config.leaves_are_items else d_BNTD
 
-    def _target_loss(self, states_BLD: torch.Tensor, batch: dict, v_ND: torch.Tensor | None) -> torch.Tensor:
+    def _target_loss(
+        self, states_BLD: torch.Tensor, batch: dict, v_ND: torch.Tensor | None, teacher: "Teacher | None"
+    ) -> torch.Tensor:
         """L_rec of each target, float32 (S,), decoded in the runs of rows that were encoded together."""
+        if teacher:
+            states_BLD, v_ND = states_BLD.detach(), v_ND.detach()
         size, longest, _ = states_BLD.shape
         row, at, gid_ST = batch["next_row"], batch["next_at"], batch["next_gid"]
         num_targets, column = (longest - 1, at - 1) if self.config.causal else (1, torch.zeros_like(at))
@@ -312,7 +357,8 @@ class ColaRec(PreTrainedModel):
             rows, num = slice(begin, end), min(num_targets, width - 1)
             d_BNTD = self.decode(states_BLD[rows, :width], read_BNL[rows, :num, :width], gid_BNT[rows, :num])
             parts.append(F.pad(d_BNTD, (0, 0, 0, 0, 0, num_targets - num)))
-        return self.path_loss(torch.cat(parts)[row, column], gid_ST, _leaves(batch, "next", v_ND)).mean(1)
+        d_STD = torch.cat(parts)[row, column]
+        return self.path_loss(d_STD, gid_ST, _leaves(batch, "next", v_ND), teacher).mean(1)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Losses as float32 scalars: those in use by name, and 'loss', their weighted sum.
@@ -323,14 +369,21 @@ class ColaRec(PreTrainedModel):
         weights, losses = self.config.loss_weights, {}
         user_states = self.encode(batch["user"])
         v_candidate = self.item_vectors(batch["candidate"]) if "candidate" in batch else None
-        if weights["rec"]:
-            losses["rec"] = (self._target_loss(user_states, batch, v_candidate) * batch["next_weight"]).sum()
+        teacher = None
         if weights["softmax"]:
             h_next = user_states[batch["next_row"], batch["next_at"]].float()
-            item, random = batch["candidate"]["item"], batch["random"]
-            targets = v_candidate[batch["next"]], item[batch["next"]]
-            loss = sampled_softmax(h_next, *targets, v_candidate[random], item[random], batch["log_q"])
+            candidate, random = batch["candidate"], batch["random"]
+            targets = v_candidate[batch["next"]], candidate["item"][batch["next"]]
+            of_items = (values[random] for values in (v_candidate, candidate["item"], candidate["prefix"]))
+            *drawn, prefix_Q = _of_all_ranks(batch["log_q"], *of_items)
+            score_S, score_SQ = sampled_scores(h_next, *targets, *drawn)
+            loss = torch.logaddexp(score_S, score_SQ.logsumexp(-1)) - score_S
             losses["softmax"] = (loss * batch["next_weight"]).sum()
+            if weights["rec"] and self.config.distils:
+                teacher = Teacher(self.config, h_next.detach(), score_S.detach(), score_SQ.detach(), prefix_Q)
+        if weights["rec"]:
+            loss = self._target_loss(user_states, batch, v_candidate, teacher)
+            losses["rec"] = (loss * batch["next_weight"]).sum()
         if "item" in batch:
             item_states = self.encode(batch["item"])
             if weights["index"]:
@@ -366,36 +419,81 @@ def leaf_logits(d_MD: torch.Tensor, v_MCD: torch.Tensor, exists_MC: torch.Tensor
     return logits_MC.masked_fill(exists_MC == 0, -torch.inf)
 
 
-def sampled_softmax(
+def sampled_scores(
     h_SD: torch.Tensor,
     v_target_SD: torch.Tensor,
     target_S: torch.Tensor,
-    v_random_RD: torch.Tensor,
-    random_R: torch.Tensor,
-    log_q_R: torch.Tensor,
-) -> torch.Tensor:
-    """L_softmax of each target, float32 (S,), among the random items of all ranks; collective.
+    log_q_Q: torch.Tensor,
+    v_random_QD: torch.Tensor,
+    random_Q: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """s_ui of each target, float32 (S,), and of the random items of all ranks, float32 (S, Q), each less the log of how
+    often it is drawn: exp of them all adds up, in expectation, to the sum over the catalog.
 
     Args:
-        target_S, random_R: item_idx; a target that is among the random items counts once.
-        log_q_R: log of how often a random item is drawn.
+        target_S, random_Q: item_idx; a target that is among the random items counts once. 0 only fills up.
     """
-    v_QD, random_Q, log_q_Q = _of_all_ranks(v_random_RD, random_R, log_q_R)
-    score_SQ = h_SD @ v_QD.T - log_q_Q
-    # Item 0 only fills up.
+    score_SQ = h_SD @ v_random_QD.T - log_q_Q
     score_SQ = score_SQ.masked_fill((random_Q == 0) | (random_Q == target_S[:, None]), -torch.inf)
-    score_S = (h_SD * v_target_SD).sum(-1)
-    return torch.logaddexp(score_S, score_SQ.logsumexp(-1)) - score_S
+    return (h_SD * v_target_SD).sum(-1), score_SQ
 
 
-def _of_all_ranks(h_ND: torch.Tensor, *values_N: torch.Tensor) -> list[torch.Tensor]:
-    """Rows and their values of all ranks, which may have different numbers of them; zeros fill up."""
+class Teacher:
+    """What L_rec asks for in the place of a target's code: `distil` parts of the distribution that the ranking score
+    has over the codes after a prefix, 1 - `distil` of the code itself.
+
+    Args:
+        h_SD: h(X_u) of each target.
+        score_S, score_SQ: as `sampled_scores` gives them, without gradient.
+        prefix_Q: int64, the l-1 prefixes of the random items as numbers to the base K.
+    """
+
+    def __init__(
+        self,
+        config: ColaRecConfig,
+        h_SD: torch.Tensor,
+        score_S: torch.Tensor,
+        score_SQ: torch.Tensor,
+        prefix_Q: torch.Tensor,
+    ):
+        self._config, self._h_SD, self._prefix_Q = config, h_SD, prefix_Q
+        highest_S = torch.maximum(score_S, score_SQ.max(-1).values)
+        self._mass_S, self._mass_SQ = (score_S - highest_S).exp(), (score_SQ - highest_S[:, None]).exp()
+
+    def codes(self, level: int, prefix_S: torch.Tensor, code_S: torch.Tensor) -> torch.Tensor:
+        """float32 (S, K), rows that add up to 1: of the codes of a level after prefixes of the targets."""
+        branching = self._config.branching
+        child_Q = self._prefix_Q // branching ** (self._config.code_levels - 1 - level)
+        mass_SQ = self._mass_SQ
+        if level:
+            mass_SQ = mass_SQ * (child_Q // branching == prefix_S[:, None])
+        mass_SK = mass_SQ @ F.one_hot(child_Q % branching, branching).to(mass_SQ)
+        mass_SK = mass_SK.scatter_add(1, code_S[:, None], self._mass_S[:, None])
+        return self._mixed(mass_SK / mass_SK.sum(-1, keepdim=True), code_S)
+
+    def leaves(self, v_SCD: torch.Tensor, leaves: dict) -> torch.Tensor:
+        """float32 (S, C): of the items below the l-1 prefixes of the targets."""
+        return self._mixed(leaf_logits(self._h_SD, v_SCD, leaves["row"]).softmax(-1), leaves["choice"])
+
+    def _mixed(self, asked_SN: torch.Tensor, choice_S: torch.Tensor) -> torch.Tensor:
+        distil = self._config.distil
+        return (distil * asked_SN).scatter_add(1, choice_S[:, None], torch.full_like(asked_SN[:, :1], 1 - distil))
+
+
+def last_read(states_BLD: torch.Tensor, mask_BNL: torch.Tensor) -> torch.Tensor:
+    """h(X), (B, N, D), of those who read as many of the first states of a row as their mask has True: the last one."""
+    at_BN = (mask_BNL.sum(-1) - 1).clamp_min(0)
+    return states_BLD.gather(1, at_BN[..., None].expand(-1, -1, states_BLD.shape[-1]))
+
+
+def _of_all_ranks(*parts: torch.Tensor) -> list[torch.Tensor]:
+    """Rows of all ranks, which may have different numbers of them; zeros fill up. Each part, (N, ...), is gathered."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return [h_ND, *values_N]
-    most = torch.tensor(len(h_ND), device=h_ND.device)
+        return list(parts)
+    most = torch.tensor(len(parts[0]), device=parts[0].device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    missing = int(most) - len(h_ND)
-    padded = [F.pad(h_ND, (0, 0, 0, missing)), *(F.pad(values, (0, missing)) for values in values_N)]
+    missing = int(most) - len(parts[0])
+    padded = [F.pad(part, (*[0, 0] * (part.ndim - 1), 0, missing)) for part in parts]
     return [_AllGather.apply(rows.contiguous()) for rows in padded]
 
 
@@ -416,32 +514,75 @@ class _AllGather(torch.autograd.Function):
 
 
 @torch.no_grad()
-def init_items(model: ColaRec, item_embeddings: torch.Tensor, gids: torch.Tensor, seed: int) -> None:
-    """Starts the atomic item embeddings at the CF embeddings (I + 1, dim) under a random orthonormal map, and those of
-    prefixes, where there are any, at the mean of the items below.
+def init_items(model: ColaRec, item_embeddings: torch.Tensor, seed: int) -> torch.Tensor:
+    """Starts the atomic item embeddings at the CF embeddings (I + 1, dim) under a random orthonormal map, and returns
+    them, float32 (I + 1, D).
 
     Inner products are kept up to a factor, so that what LightGCN knows of neighbourhoods is there at step 0. The item
     table must be exact: a row of a hashed one belongs to many items.
-
-    Args:
-        gids: int64 (I + 1, l).
     """
     generator = torch.Generator().manual_seed(seed)
     width, dim = model.item.weight.shape[1], item_embeddings.shape[1]
     rotation, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
-    mapped = item_embeddings[1:].float() @ rotation[:dim, :width]
-    mapped *= EMBEDDING_STD / mapped.std().clamp_min(1e-12)
-    if model.config.leaves_are_items:
-        prefix = torch.zeros_like(gids[1:, 0])
-        for level in range(model.config.code_levels):
-            prefix = prefix * model.config.branching + gids[1:, level]
-            codes = model.prefix_codebooks[level - 1].flatten(0, 1) if level else model.codebook_TKD[0]
-            there, place, count = prefix.unique(return_inverse=True, return_counts=True)
-            sums = mapped.new_zeros(len(there), width).index_add_(0, place, mapped)
-            codes[there] = sums / count[:, None]
+    mapped = item_embeddings.float() @ rotation[:dim, :width]
+    mapped *= EMBEDDING_STD / mapped[1:].std().clamp_min(1e-12)
+    mapped[0] = 0
     if isinstance(model.item, tables.RowwiseEmbedding):
-        return model.item.set_rows(F.pad(mapped, (0, 0, 1, 0)))
-    model.item.weight[1:] = mapped
+        model.item.set_rows(mapped)
+    else:
+        model.item.weight.copy_(mapped)
+    return mapped
+
+
+@torch.no_grad()
+def init_codes(model: ColaRec, gids: torch.Tensor, vectors: torch.Tensor | None, seed: int) -> None:
+    """Starts e_m at the means of M parts of the items below each prefix, by some rounds of k-means, and b_m at the log
+    of how many these are.
+
+    Args:
+        gids: int64 (I + 1, l).
+        vectors: float32 (I + 1, D), what the items start at; None: the e_m stay as they are, at random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prefix = torch.zeros_like(gids[1:, 0])
+    for level in range(model.config.code_levels):
+        prefix = prefix * model.config.branching + gids[1:, level]
+        there, node = prefix.unique(return_inverse=True)
+        vectors_PMD, bias_PM = (table[level].flatten(0, 1) for table in (model.code_vectors, model.code_biases))
+        num_parts = bias_PM.shape[1]
+        if vectors is None:
+            part = torch.randint(num_parts, node.shape, generator=generator)
+        else:
+            vectors_PMD[there], part = _parts(vectors[1:], node, len(there), num_parts, generator)
+        counts = torch.bincount(node * num_parts + part, minlength=len(there) * num_parts).view(-1, num_parts)
+        bias_PM.fill_(NOTHING_BELOW)
+        bias_PM[there] = counts.float().log().clamp_min(NOTHING_BELOW)
+
+
+def _parts(
+    x_ID: torch.Tensor, node_I: torch.Tensor, num_nodes: int, num_parts: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k-means among the rows of each node, all nodes at once: the centres, float32 (nodes, M, D), and the number of its
+    centre for each row, int64 (I,). A node with fewer rows than M has each of them for a centre, and its mean."""
+    order = torch.randperm(len(x_ID), generator=generator)
+    order = order[node_I[order].argsort(stable=True)]
+    sizes = torch.bincount(node_I, minlength=num_nodes)
+    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    mean = x_ID.new_zeros(num_nodes, x_ID.shape[1]).index_add_(0, node_I, x_ID) / sizes[:, None]
+    centre = mean[:, None].repeat(1, num_parts, 1)
+    seeds = order[place < num_parts]
+    centre[node_I[seeds], place[place < num_parts]] = x_ID[seeds]
+    exists = torch.arange(num_parts) < sizes[:, None]
+    part = torch.zeros_like(node_I)
+    for _ in range(CLUSTER_ROUNDS):
+        for rows in torch.arange(len(x_ID)).split(CLUSTER_ROWS):
+            distance = (x_ID[rows, None] - centre[node_I[rows]]).square().sum(-1)
+            part[rows] = distance.masked_fill(~exists[node_I[rows]], torch.inf).argmin(1)
+        cell = node_I * num_parts + part
+        sums = torch.zeros_like(centre).flatten(0, 1).index_add_(0, cell, x_ID)
+        counts = torch.bincount(cell, minlength=len(sums))[:, None]
+        centre = torch.where(counts > 0, sums / counts.clamp_min(1), centre.flatten(0, 1)).view_as(centre)
+    return centre, part
 
 
 def _table(config: ColaRecConfig, rows: int) -> nn.Embedding:

@@ -45,6 +45,8 @@ def init_from_t5(model: ColaRec, config: Config) -> str:
             if name.startswith(f"{ours}.") and "embed_tokens" not in name
         }
         getattr(model, ours).load_state_dict(stack)
+    if model.config.leaves_are_items:
+        model.decoder.final_layer_norm.weight.zero_()  # the decoder adds to the ranking score, see trainer/model.py
     taken = f"encoder and decoder of {source}"
     words, pieces = weights["shared.weight"], model.config.num_tokens - 2  # without the task tokens
     if config.etl.tokenizer:

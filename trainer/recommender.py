@@ -4,7 +4,8 @@ What ranks the items is `eval.mode`:
 
     generative  log p(GID | X_u), of what a beam of `eval.beams` prefixes finds
     dense       h(X_u) . v_i, of all items
-    hybrid      log p(GID | X_u) + w (h(X_u) . v_i + w_c c(u, i)), of the best `eval.beams` by each of the three
+    hybrid      (log p(GID | X_u) + w h(X_u) . v_i) / (1 + w) + w_c c(u, i), of the best `eval.beams` by each of them
+                that weighs anything
 
 w is `eval.hybrid`, w_c `eval.neighbours`; c is what trainer/neighbours.py says, where gid/ has neighbours. The weights
 of a trained model are those that ranked best when it was validated, unless they are set.
@@ -47,16 +48,24 @@ class Candidates(NamedTuple):
     near_BN: torch.Tensor
     neighbours_BN: torch.Tensor | None
     again_BN: torch.Tensor  # bool: item 0, or one that stands further left as well
+    not_without_near_BN: torch.Tensor  # bool: the same where search weighs nothing, and all that it found
 
     def best(self, weight: float, of_neighbours: float, k: int) -> Ranked:
-        """The k best by log p(GID | X_u) + weight (h(X_u) . v_i + of_neighbours c(u, i)); where neighbours weigh
-        nothing, of what beam and search found."""
-        if of_neighbours and self.neighbours_BN is not None:
-            score_BN = self.log_p_BN + weight * (self.near_BN + of_neighbours * self.neighbours_BN)
-        else:
-            score_BN = self.log_p_BN + weight * self.near_BN
+        """The k best by `hybrid_score`, of what those parts found that weigh anything."""
+        score_BN = hybrid_score(self.log_p_BN, self.near_BN, self.neighbours_BN, weight, of_neighbours)
+        score_BN = score_BN.masked_fill(self.again_BN if weight else self.not_without_near_BN, -torch.inf)
+        if not of_neighbours:
             score_BN[:, self.generated[0].shape[1] + self.near[0].shape[1] :] = -torch.inf
-        return best_items(self.item_BN, score_BN.masked_fill(self.again_BN, -torch.inf), k)
+        return best_items(self.item_BN, score_BN, k)
+
+
+def hybrid_score(
+    log_p: torch.Tensor, near: torch.Tensor, neighbours: torch.Tensor | None, weight: float, of_neighbours: float
+) -> torch.Tensor:
+    """(log p + weight h . v) / (1 + weight) + of_neighbours c: an average of two log-probabilities, but for a constant
+    of the user, and what is counted."""
+    score = (log_p + weight * near) / (1 + weight)
+    return score + of_neighbours * neighbours if of_neighbours and neighbours is not None else score
 
 
 def with_chosen_weights(config: Config, model: Artifact) -> Config:
@@ -176,15 +185,15 @@ class Recommender:
         self._check_items(item_BN)
         user, *_ = self._on_device(batch)
         states_BLD = self.model.encode(user)
-        score_BN = torch.zeros(item_BN.shape, device=self.device)
         if self._ranks_by != "dense":
-            score_BN += self.log_p(states_BLD, user["mask"], item_BN).sum(-1)
+            score_BN = self.log_p(states_BLD, user["mask"], item_BN).sum(-1)
         if self._ranks_by != "generative":
-            weight = 1.0 if self._ranks_by == "dense" else self.config.eval.hybrid
             near_BN = self._index.scores(dense.user_vectors(self.model, states_BLD, user), item_BN)
-            if self._neighbours:
-                near_BN = near_BN + self.config.eval.neighbours * self._neighbours.of(user["item"]).scores(item_BN)
-            score_BN += weight * near_BN
+        if self._ranks_by == "dense":
+            score_BN = near_BN
+        elif self._ranks_by == "hybrid":
+            c_BN = self._neighbours.of(user["item"]).scores(item_BN) if self._neighbours else None
+            score_BN = hybrid_score(score_BN, near_BN, c_BN, self.config.eval.hybrid, self.config.eval.neighbours)
         return score_BN.masked_fill(item_BN == 0, -torch.inf)
 
     @torch.no_grad()
@@ -216,7 +225,10 @@ class Recommender:
         near_BN = self._index.scores(user_BD, item_BN)
         neighbours_BN = of_users.scores(item_BN) if self._neighbours else None
         again_BN = dense.repeated(item_BN) | (item_BN == 0)
-        return Candidates(generated, near, item_BN, log_p_BN, near_BN, neighbours_BN, again_BN)
+        others_BN = item_BN.clone()
+        others_BN[:, width : 2 * width] = 0  # what neighbours have as well counts as theirs
+        without_near_BN = dense.repeated(others_BN) | (others_BN == 0)
+        return Candidates(generated, near, item_BN, log_p_BN, near_BN, neighbours_BN, again_BN, without_near_BN)
 
     def _on_device(self, batch: dict) -> tuple:
         """user, seen_row and seen_item of a batch, None for those that it lacks."""
@@ -242,10 +254,10 @@ class Recommender:
             scores = [log_p_BC]
             if user_BD is not None:
                 near_BC = user_BD @ self._index.vectors(item_C).T
-                scores.append(log_p_BC + weight * near_BC)
+                scores.append(hybrid_score(log_p_BC, near_BC, None, weight, 0.0))
                 if of_users:
                     c_BC = of_users.scores(item_C.repeat(len(user_BD), 1))
-                    scores.append(log_p_BC + weight * (near_BC + of_neighbours * c_BC))
+                    scores.append(hybrid_score(log_p_BC, near_BC, c_BC, weight, of_neighbours))
             for i, score_BC in enumerate(scores):
                 item_BN = torch.cat([best[i][0], item_C.expand_as(score_BC)], 1)
                 score_BN = torch.cat([best[i][1], score_BC], 1)

@@ -18,9 +18,9 @@ from trainer.model import ColaRec
 from trainer.recommender import Recommender
 
 CUTOFF = 10
-# Of the ranking score in the hybrid, to choose from. Both scores are log-probabilities up to a constant of the user.
-WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-# Of the neighbours beside the ranking score.
+# Of the ranking score in the hybrid, to choose from, the simplest first: 0 leaves the generated list.
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 16.0)
+# Of the neighbours.
 OF_NEIGHBOURS = (0.0, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -57,7 +57,7 @@ def validate(
     of_neighbours = OF_NEIGHBOURS if catalog.neighbours else (0.0,)
     weights = tuple(
         itertools.product(
-            (config.eval.hybrid,) if config.eval.hybrid > 0 else WEIGHTS,
+            (config.eval.hybrid,) if config.eval.hybrid >= 0 else WEIGHTS,
             (config.eval.neighbours,) if config.eval.neighbours >= 0 else of_neighbours,
         )
     )
