@@ -282,9 +282,9 @@ class Loss:
     contrastive: float = _opt(0.0, "an item is nearer to one of the same l-1 prefix than to the negative item", low=0)
     distil: float = _opt(
         0.8,
-        "share of the ranking score's own distribution in the codes that loss.rec asks for, where L_softmax trains that "
-        "score and codebooks are of prefixes: the decoder then learns from the score and leaves the encoder alone; 0: "
-        "the codes of the target and nothing else, as in the paper",
+        "share of the ranking score's own distribution in the codes that loss.rec asks for, where L_softmax trains "
+        "that score and codebooks are of prefixes: the decoder then learns from the score and leaves the encoder "
+        "alone; 0: the codes of the target and nothing else, as in the paper",
         low=0,
         high=1,
     )
@@ -385,9 +385,9 @@ class Eval:
     beams: int = _opt(100, "beam width", low=1)
     hybrid: float = _opt(
         -1.0,
-        "weight w of h(X_u) . v_i, the ranking score, beside the log-probability: (log p + w h . v) / (1 + w), over the "
-        "best of the beam and the best by that score; 0: of the beam's, by log p, as in the paper; -1: what ranks the "
-        "valid users best",
+        "weight w of h(X_u) . v_i, the ranking score, beside the log-probability: (log p + w h . v) / (1 + w), over "
+        "the best of the beam and the best by that score; 0: of the beam's, by log p, as in the paper; -1: what ranks "
+        "the valid users best",
         low=-1,
     )
     neighbours: float = _opt(

@@ -92,10 +92,11 @@ class TrainBatches(torch.utils.data.IterableDataset):
         next_row, next_at (S,): the targets, as rows of user and the positions in them that they come after; a row has
         one, after its last position, or with causal attention one after each item; next_gid (S, l); next_weight (S,)
         at (B,): the position of that target of each row which the losses of items take; weight float32 (B,)
-        candidate: item (N,), distinct, with prefix (N,), the numbers of their l-1 prefixes, and content bags; with L_softmax, into it next (S,), the targets, and random
-        (R,), the items that are drawn at random for the step, or all; log_q float32 (R,): log of how often each of
-        these is drawn; where leaves are items, 1 + rows of it next_leaf (S, C): the items of the prefix of each target,
-        0 where there are no more, and next_choice (S,): its column among them
+        candidate: item (N,), distinct, with prefix (N,), the numbers of their l-1 prefixes, and content bags; with
+        L_softmax, into it next (S,), the targets, and random (R,), the items that are drawn at random for the step, or
+        all; log_q float32 (R,): log of how often each of these is drawn; where leaves are items, 1 + rows of it
+        next_leaf (S, C): the items of the prefix of each target, 0 where there are no more, and next_choice (S,): its
+        column among them
         item: X_i of the distinct items in use, rows by length, with groups and gid (N, l), when a loss needs it; and
         into its rows positive (B,), negative (B,), sibling (B,)
         sibling_weight float32 (B,): of the targets in L_c, 0 where there is no sibling
