@@ -217,8 +217,8 @@ def csv_rows(
     place = {name: f"keys.{quoted(name)}" for name in keys} | {name: f"parsed.c{names.index(name)}" for name in names}
     row = F.struct(*(F.col(place[name]).alias(name) for name in dict.fromkeys(columns)))
     broken = F.when(F.col(f"parsed.{_CORRUPT}").isNotNull(), F.lit(f"not {len(names)} CSV fields"))
-    if not multiline:
-        broken = broken.when(_open_quote(row, columns), F.lit("a quote that is not closed (data.multiline)"))
+    if not multiline and names[-1] in columns:
+        broken = broken.when(_open_quote(delimiter), F.lit("a quote that is not closed (data.multiline)"))
     raw = F.coalesce(f"parsed.{_CORRUPT}", F.to_json(row)) if multiline else F.col("raw")
     return parsed.select(row.alias("row"), "block", broken.alias("broken"), raw.alias("raw"))
 
@@ -294,11 +294,11 @@ def _csv_header(files: list[Path], delimiter: str, encoding: str) -> tuple[list[
     return [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])], header
 
 
-def _open_quote(row: Column, columns: list[str]) -> Column:
-    """Whether a field that is read begins with a quote that no other quote of the line closes: it is cut off there."""
-    begins = (F.coalesce(row[name].startswith('"'), F.lit(False)) for name in dict.fromkeys(columns))
-    num_quotes = F.length("raw") - F.length(F.replace(F.col("raw"), F.lit('"'), F.lit("")))
-    return functools.reduce(Column.__or__, begins) & (num_quotes % 2 == 1)
+def _open_quote(delimiter: str) -> Column:
+    """Whether the last field of the line begins with a quote that is not closed in it: it goes on in the next line."""
+    sep = re.escape(delimiter)
+    closed, plain = '"(?:[^"]|"")*+"', f'(?!"|{sep})(?:(?!{sep}).)*+'
+    return F.col("raw").rlike(f'^(?:(?:{closed}|{plain}|){sep})*+"(?:[^"]|"")*+$')
 
 
 def is_utf8(encoding: str) -> bool:
