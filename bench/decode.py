@@ -76,6 +76,7 @@ def random_model(case: dict) -> tuple[ColaRec, torch.Tensor | None]:
         for codes in model.parameters_of_codes():
             codes.mul_(30)
         model.start_D.mul_(10)
+        model.decoder.final_layer_norm.weight.fill_(1)
     v_ID = torch.randn(case["items"] + 1, sizes["d_model"]) if model.config.leaves_are_items else None
     return model.eval(), v_ID
 

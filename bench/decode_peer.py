@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import GenerationMixin, PreTrainedModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from trainer.model import ColaRec, leaf_logits
+from trainer.model import ColaRec, last_read, leaf_logits
 
 
 class GeneratePeer(PreTrainedModel, GenerationMixin):
@@ -74,6 +74,8 @@ class GeneratePeer(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
         )
         d = out.last_hidden_state[:, 0]
+        if self.v_ID is not None:
+            d = d + last_read(encoder_outputs.last_hidden_state, attention_mask[:, None])[:, 0]
         if level == self.model.config.gid_length - 1 and self.v_ID is not None:
             logits = leaf_logits(d, F.embedding(self.item_PK[prefix], self.v_ID), self.item_PK[prefix])
         else:

@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 
 from contract.artifacts import git_revision
-from gid.align import align_codes
 from gid.hierarchy import build_tree, cluster_sse, gid_length, prefix_of
 from gid.kmeans import balanced_kmeans
 
@@ -108,9 +107,6 @@ def tree_row(num_items: int, device: str) -> dict:
     length, begin, cpu = gid_length(num_items, BRANCHING, SLACK), time.monotonic(), sum(os.times()[:4])
     gids = build_tree(x, BRANCHING, length, HEADROOM, seed=0, device=device)
     seconds, cpu = time.monotonic() - begin, sum(os.times()[:4]) - cpu
-    begin = time.process_time()
-    align_codes(x, gids, BRANCHING)
-    align_cpu = time.process_time() - begin
     peak = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     sizes = [np.bincount(prefix_of(gids, level)) for level in range(1, length + 1)]
     assert len(sizes[-1]) == num_items
@@ -120,7 +116,6 @@ def tree_row(num_items: int, device: str) -> dict:
         "length": length,
         "seconds": seconds,
         "cpu_seconds": cpu,
-        "align_cpu_seconds": align_cpu,
         "embeddings_gb": data_gb,
         "peak_gb": peak[0],
         "worker_peak_gb": peak[1],
@@ -210,10 +205,9 @@ def markdown(splits: list[dict], trees: list[dict]) -> str:
     lines += [
         "# Whole trees, K = 32",
         "",
-        "| items | large nodes on | l | s | CPU s | alignment CPU s | embeddings GB | peak GB | worker's peak GB "
-        "| load | cores |",
+        "| items | large nodes on | l | s | CPU s | embeddings GB | peak GB | worker's peak GB | load | cores |",
     ]
-    lines += ["|---" * 11 + "|"]
+    lines += ["|---" * 10 + "|"]
     for row in trees:
         cells = [
             f"{row['items']:,}",
@@ -221,7 +215,6 @@ def markdown(splits: list[dict], trees: list[dict]) -> str:
             row["length"],
             f"{row['seconds']:.1f}",
             f"{row['cpu_seconds']:.1f}",
-            f"{row['align_cpu_seconds']:.1f}" if "align_cpu_seconds" in row else "",
             f"{row['embeddings_gb']:.2f}",
         ]
         cells += [f"{row['peak_gb']:.2f}", f"{row['worker_peak_gb']:.2f}", f"{row['load']:.1f}", row["cores"]]

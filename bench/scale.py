@@ -6,7 +6,7 @@
 CPU seconds on one thread. LightGCN: forward, backward and Adam's step on random graphs, 3 layers. Training: steps of
 the trainer's own loop with the config as it is, and in variants. Decoding: encoder and beam search for users of
 <work>/corpus by a model that has not been trained, which takes as long; and h(X_i) of items. Hybrid: all that ranks the
-items of a user, likewise. Vectors, all random: exact search for the nearest items, and the naming of codes (gid.align).
+items of a user, likewise. Vectors, all random: exact search for the nearest items.
 Neighbours, of random interactions: in memory, and by Spark, with all of its processes (nothing else should run there).
 Writes bench/results/scale.json; rows of other data and shapes that are there already are kept.
 """
@@ -17,7 +17,6 @@ import os
 import sys
 import tempfile
 import time
-import tracemalloc
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from contract.artifacts import git_revision, open_artifact
 from contract.settings import Cf, Config
 from contract.spark import spark_session
 from gid import cooccurrence, neighbours
-from gid.align import align_codes
 from gid.lightgcn import Adjacency, bpr_loss
 from gid.tree import GidTree
 from trainer import dense, loader, packing
@@ -127,23 +125,6 @@ def neighbours_rows(num_users: int, num_items: int, mean: int) -> list[dict]:
 
 def _tree_seconds() -> float:
     return sum(map(cpu_seconds, process_tree(os.getpid())))
-
-
-def align_row(num_items: int, branching: int = 32, length: int = 4, width: int = 64) -> dict:
-    """CPU seconds of naming the codes of a tree, and the bytes that this holds beside the embeddings."""
-    rng = np.random.default_rng(0)
-    leaf = np.sort(rng.choice(branching**length, num_items, replace=False))
-    gids = (leaf[:, None] // branching ** np.arange(length)[::-1] % branching).astype(np.int16)
-    embeddings = rng.standard_normal((num_items, width), dtype=np.float32)
-    begin = time.process_time()
-    align_codes(embeddings, gids, branching)
-    seconds = time.process_time() - begin
-    tracemalloc.start()
-    align_codes(embeddings, gids, branching)
-    held = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    full = num_items / branching**length
-    return {"what": "align", "items": num_items, "full": full, "cpu_seconds": seconds, "bytes": held}
 
 
 def train_row(file: str, work: str, variant: str) -> dict:
@@ -242,7 +223,7 @@ def main() -> None:
             hybrid_row(config_module.load(args.config, {"work": args.work, "eval.hybrid": "1", "eval.neighbours": "1"}))
         )
     if args.only in (None, "vectors"):
-        rows += [search_row(1_000_000), align_row(300_000), align_row(100_000)]
+        rows += [search_row(1_000_000)]
     if args.only in (None, "neighbours"):
         rows += neighbours_rows(200_000, 20_000, 20)
     save(rows)
@@ -263,7 +244,6 @@ def _key(row: dict) -> tuple[str, ...]:
         "lightgcn step": ("users", "items", "events"),
         "search": ("items",),
         "neighbours": ("who", "users", "items"),
-        "align": ("items",),
         "hybrid": ("data",),
     }
     return (row["what"], *(str(row[name]) for name in names[row["what"]]))

@@ -20,7 +20,7 @@ from contract.settings import Cf, Config
 from gid.cooccurrence import MAX_ITEMS, MAX_USERS
 from gid.hierarchy import gid_length
 from gid.lightgcn import memory_need
-from trainer.flops import decoder_flops, encoder_flops, step_flops
+from trainer.flops import decoder_flops, encoder_flops, step_flops, teacher_flops
 from trainer.model import ColaRec, ColaRecConfig
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
@@ -186,21 +186,6 @@ def tree_bytes(items: float, dim: int) -> float:
     return TREE_MEMORY + items * (4 * dim + beside)
 
 
-@functools.cache
-def _align() -> dict:
-    (row,) = (r for r in measured("scale") if r["what"] == "align" and r["items"] == 300_000)
-    return row
-
-
-def align_cpu_seconds(items: float) -> float:
-    """gid.align, in one process: linear from a tree that is 29% full; emptier ones take more."""
-    return _align()["cpu_seconds"] / _align()["items"] * items
-
-
-def align_bytes(items: float, dim: int) -> float:
-    return TREE_MEMORY + items * (4 * dim + _align()["bytes"] / _align()["items"])
-
-
 # The model
 
 
@@ -217,6 +202,7 @@ def model_config(config: Config, scale: Scale, tables: bool = False) -> ColaRecC
         num_encoder_layers=m.num_encoder_layers,
         num_decoder_layers=m.num_decoder_layers,
         loss_weights=config.loss.weights,
+        distil=config.loss.distil,
     )
 
 
@@ -305,8 +291,11 @@ def flops_per_row(config: Config, scale: Scale) -> float:
 
 
 def softmax_flops_per_row(config: Config, scale: Scale) -> float:
-    """Of L_softmax, which trainer/flops.py leaves out: every target against the random items of all ranks."""
-    return 3 * 2 * targets_of_a_row(config, scale) * softmax_items(config, scale) * config.model.d_model
+    """Of L_softmax and of the teacher of L_rec, which a step of trainer/flops.py leaves out: every target against the
+    random items of all ranks."""
+    targets, items = targets_of_a_row(config, scale), softmax_items(config, scale)
+    taught = teacher_flops(model_config(config, scale), targets, items) if config.loss.rec else 0.0
+    return 3 * 2 * targets * items * config.model.d_model + taught
 
 
 def softmax_items(config: Config, scale: Scale) -> float:

@@ -213,20 +213,14 @@ def tree(config: Config, scale: cost.Scale, machines: Machines) -> Row:
     cpu = cost.tree_cpu_seconds(scale.items, config.cf.dim)
     seconds = cost.tree_seconds(scale.items, config.cf.dim, machines.cores)
     need, levels = cost.tree_bytes(scale.items, config.cf.dim), cost.gid_levels(config, scale)
-    naming = cost.align_cpu_seconds(scale.items) if config.gid.align else 0.0
-    cpu, seconds = cpu + naming, seconds + naming
-    if config.gid.align:
-        need = max(need, cost.align_bytes(scale.items, config.cf.dim))
     warnings = []
     if need > machines.node_bytes:
         warnings.append(
-            f"one process holds {size(need)} of {size(machines.node_bytes)}; gid.align = false (half of it), a smaller "
-            "cf.dim or a larger machine"
+            f"one process holds {size(need)} of {size(machines.node_bytes)}; a smaller cf.dim or a larger machine"
         )
     if seconds > 2 * 3600:
         warnings.append(
-            f"one process splits the root alone, then one a core the subtrees, and one names the codes (gid.align): "
-            f"{hours(seconds)}. More machines do not "
+            f"one process splits the root alone, then one a core the subtrees: {hours(seconds)}. More machines do not "
             "help; --extend places added items without a rebuild"
         )
     return Row(

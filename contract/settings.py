@@ -177,11 +177,6 @@ class Gid:
     headroom: float = _opt(
         0.75, "inner clusters are filled to at most this share of K^(l-t) when that is feasible", low=0.01, high=1
     )
-    align: bool = _opt(
-        True,
-        "the codes below the first level mean the same under every prefix, as far as the data do; false: children are "
-        "numbered as k-means finds them (the paper)",
-    )
     neighbours: int = _opt(
         100,
         "items kept as neighbours of each item, those that the same people take, for the ranking (eval.neighbours); "

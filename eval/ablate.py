@@ -130,13 +130,15 @@ def write_results(folder: Path, configs: dict, variants: list[Variant], corpus: 
     """Compares the variants, which are complete, and returns the table for the terminal."""
     any_config = configs[FULL]
     split = any_config.eval.split
-    results = contrast.contrast(any_config, corpus, {v.name: configs[v.name].work_dir / "eval" for v in variants})
+    folders = {v.name: configs[v.name].work_dir / "eval" for v in variants}
+    results = contrast.contrast(any_config, corpus, folders)
     metrics = contrast.shown(any_config.eval.cutoffs)
+    generated = contrast.generated(variants, folders, metrics)
     facts = table.read(any_config.work_dir / "eval" / "metrics.json").protocol
     models = {v.name: open_artifact(configs[v.name], "model").counts for v in variants}
     training = {name: f"{m['seconds'] / 60:.1f} min, kept: epoch {m['best_epoch']:g}" for name, m in models.items()}
     write_atomically(folder / f"{split}.json", json.dumps(results, indent=1) + "\n")
-    write_atomically(folder / f"{split}.md", contrast.markdown(variants, results, metrics, facts, training))
+    write_atomically(folder / f"{split}.md", contrast.markdown(variants, results, metrics, facts, training, generated))
     title = f"{folder.parent.name}: ablations on {split}"
     contrast.figure(variants, results, metrics, title).savefig(folder / f"{split}.png", dpi=150)
     for name in ("json", "md", "png"):
@@ -145,7 +147,7 @@ def write_results(folder: Path, configs: dict, variants: list[Variant], corpus: 
         run.metrics({f"{split}_{metric}/{variant}": found[metric]["mean"] for metric in metrics})
     untrained = ", ".join(name for name, counts in models.items() if not counts["best_epoch"])
     warning = f"\n\nno step made these better on valid, so that they are untrained: {untrained}" if untrained else ""
-    return contrast.terminal(variants, results, metrics) + warning
+    return contrast.terminal(variants, results, metrics, generated) + warning
 
 
 if __name__ == "__main__":

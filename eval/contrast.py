@@ -15,6 +15,7 @@ from contract.artifacts import Artifact
 from contract.metrics import ranking_metrics
 from contract.schema import ragged
 from contract.settings import Config
+from eval import table
 from eval.metrics import bootstrap_interval
 from eval.users import read_eval_users
 from eval.variants import FULL, Variant
@@ -60,11 +61,11 @@ def contrast(config: Config, corpus: Artifact, folders: dict[str, Path]) -> dict
 
 def read_lists(file: Path, k: int) -> tuple[np.ndarray, np.ndarray]:
     """user_idx int64 (N,) and the first k of each list, int32 (N, k), of recommendations.parquet; 0 fills up."""
-    table = pq.read_table(file, columns=["user_idx", "item_idx"])
-    lists = ragged(table["item_idx"])
+    columns = pq.read_table(file, columns=["user_idx", "item_idx"])
+    lists = ragged(columns["item_idx"])
     items = np.zeros((len(lists), max(k, int(lists.lengths.max(initial=0)))), np.int32)
     items[np.arange(items.shape[1]) < lists.lengths[:, None]] = lists.values
-    return table["user_idx"].to_numpy(), items[:, :k]
+    return columns["user_idx"].to_numpy(), items[:, :k]
 
 
 def shown(cutoffs: Sequence[int]) -> list[str]:
@@ -73,17 +74,33 @@ def shown(cutoffs: Sequence[int]) -> list[str]:
     return [f"recall@{cutoff}", f"ndcg@{cutoff}"]
 
 
-def markdown(variants: list[Variant], results: dict, metrics: list[str], facts: dict[str, str], training: dict) -> str:
+def generated(variants: list[Variant], folders: dict[str, Path], metrics: list[str]) -> dict[str, list[str]]:
+    """{a column: its cells, one a variant} of the lists by log p alone, where they are not the ones that are shown.
+
+    Args:
+        folders: {variant: its eval/}.
+    """
+    models = [table.read(folders[variant.name] / "metrics.json").models for variant in variants]
+    found = [model.get("ColaRec, generative") for model in models]
+    if not any(found):
+        return {}
+    return {f"generated {m}": [f"{lists[m]['mean']:.4f}" if lists else "" for lists in found] for m in metrics}
+
+
+def markdown(
+    variants: list[Variant], results: dict, metrics: list[str], facts: dict[str, str], training: dict, beside: dict
+) -> str:
     """The table. A difference whose interval does not hold 0 is bold.
 
     Args:
         results: see `contrast`.
         facts: what a reader must know to compare the numbers, in the order to show them.
         training: {variant: how long it was trained, in words}.
+        beside: more columns, see `generated`.
     """
-    header = ["variant", "", *(cell for metric in metrics for cell in (metric, "difference")), "training"]
+    header = ["variant", "", *(cell for metric in metrics for cell in (metric, "difference")), *beside, "training"]
     rows = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
-    for variant in variants:
+    for number, variant in enumerate(variants):
         cells = []
         for metric in metrics:
             estimate = results[variant.name][metric]
@@ -93,7 +110,9 @@ def markdown(variants: list[Variant], results: dict, metrics: list[str], facts: 
                 cells[-1] = (
                     f"{bold}{difference['mean']:+.4f}{bold} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
                 )
-        rows.append([variant.name, variant.what, *cells, training[variant.name]])
+        rows.append(
+            [variant.name, variant.what, *cells, *(of[number] for of in beside.values()), training[variant.name]]
+        )
     lines = [f"| {' | '.join(row)} |" for row in rows]
     notes = (
         "difference: to the full model, with its 95% interval (bootstrap over users, paired by user); bold where that "
@@ -102,17 +121,17 @@ def markdown(variants: list[Variant], results: dict, metrics: list[str], facts: 
     return "\n".join([*lines, "", notes, "", *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
 
 
-def terminal(variants: list[Variant], results: dict, metrics: list[str]) -> str:
+def terminal(variants: list[Variant], results: dict, metrics: list[str], beside: dict) -> str:
     """The same in short, aligned; a star marks a difference whose interval does not hold 0."""
-    rows = [["", *(cell for metric in metrics for cell in (f"{metric} ", "difference "))]]
-    for variant in variants:
+    rows = [["", *(cell for metric in metrics for cell in (f"{metric} ", "difference ")), *beside]]
+    for number, variant in enumerate(variants):
         cells = []
         for metric in metrics:
             estimate = results[variant.name][metric]
             cells += [f"{estimate['mean']:.4f} ", ""]
             if difference := estimate.get("difference"):
                 cells[-1] = f"{difference['mean']:+.4f}{'*' if _verdict(difference) else ' '}"
-        rows.append([variant.name, *cells])
+        rows.append([variant.name, *cells, *(of[number] for of in beside.values())])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))

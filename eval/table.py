@@ -88,9 +88,9 @@ def _decoding(config: Config, num_items: int) -> str:
     if settings.ranks_by != "hybrid":
         return found
     total, others = "log p", []
-    if settings.hybrid:
+    if settings.hybrid > 0:
         total, others = f"(log p + {settings.hybrid:g} {score}) / {1 + settings.hybrid:g}", [score]
-    if settings.neighbours:
+    if settings.neighbours > 0:
         total, others = f"{total} + {settings.neighbours:g} c", [*others, "c, the neighbours"]
     return (
         f"{found}, ranked by {total}"

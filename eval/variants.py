@@ -36,7 +36,10 @@ def variants(config: Config) -> list[Variant]:
     encoding = "tokens" if config.history.encoding == "pooled" else "pooled"
     ablations = [
         Variant("no_rec", "no recommendation loss", {"loss.rec": 0.0}),
-        Variant("no_index", "no indexing loss", {"loss.index": 0.0}),
+        Variant("no_index", "no indexing loss", {"loss.index": 0.0})
+        if config.loss.index
+        else Variant("with_index", "an indexing loss, as in the paper", {"loss.index": 0.02}),
+        *_of_the_decoder(config),
         Variant(
             "no_ranking",
             "no ranking loss (BPR, softmax), nor its score beside log p",
@@ -73,6 +76,17 @@ def variants(config: Config) -> list[Variant]:
         Variant("lists_generative", "lists by log p alone, as in the paper", {"eval.mode": "generative"}, "eval"),
     ]
     return [Variant(FULL, "all of it", {}), *(variant for variant in ablations if _differs(config, variant))]
+
+
+def _of_the_decoder(config: Config) -> list[Variant]:
+    """What gives to the generated lists, where codebooks are of prefixes."""
+    if config.model.codebooks != "prefix":
+        return []
+    one_vector = Variant("one_code_vector", "one vector of each code after a prefix", {"model.code_vectors": 1})
+    if not (config.loss.softmax and config.loss.rec):
+        return [one_vector]
+    alone = "a decoder that learns the targets' codes alone, and trains the encoder"
+    return [Variant("no_distil", alone, {"loss.distil": 0.0}), one_vector]
 
 
 def _differs(config: Config, variant: Variant) -> bool:

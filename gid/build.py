@@ -35,7 +35,6 @@ from contract.schema import GIDS_OF_ITEMS, TRAIN, VALID, Items, read_interaction
 from contract.settings import Config
 from contract.tracking import Run, track
 from gid import cold, content, lightgcn, neighbours
-from gid.align import align_codes
 from gid.extend import Grown, grow
 from gid.hierarchy import build_tree, check_room, gid_length, random_tree
 from gid.report import describe, write_report
@@ -106,8 +105,6 @@ def built(
         gids = random_tree(items.num_items, config.gid.branching, length, config.seed)
     else:
         gids = build_tree(tree[1:], config.gid.branching, length, config.gid.headroom, config.seed)
-        if config.gid.align:
-            gids = align_codes(tree[1:], gids, config.gid.branching, config.seed)
     method = config.cf.method
     counts = {
         "num_cold": int(is_cold.sum()),

@@ -32,8 +32,8 @@ OVERRIDES = {
     "model.num_heads": "2",
     "model.num_encoder_layers": "1",
     "model.num_decoder_layers": "1",
+    "model.code_vectors": "2",
     "model.dropout": "0",
-    "loss.rec": "1",
     "loss.index": "0.3",
     "loss.bpr": "0.3",
     "loss.contrastive": "0.1",
@@ -75,6 +75,20 @@ def tiny_room(work: Path, **overrides: str):
     catalog = read_catalog(corpus, open_artifact(config, "gid"))
     torch.manual_seed(0)
     return config, corpus, catalog, model_module.ColaRec(model_module.model_config(config, catalog)).eval()
+
+
+@torch.no_grad()
+def move_from_start(model) -> None:
+    """Weights far from their start: the decoder says something, and codes and items are told apart clearly."""
+    for codes in model.parameters_of_codes():
+        codes.mul_(100 if model.config.codebooks == "level" else 30)
+    if model.config.leaves_are_items:
+        for bias in model.code_biases:
+            bias.normal_()
+    norm = model.decoder.final_layer_norm.weight
+    norm.copy_(torch.linspace(0.5, 1.5, len(norm)))
+    model.start_D.mul_(10)
+    model.item.weight.mul_(30)
 
 
 @torch.no_grad()

@@ -9,7 +9,10 @@ For a stack of N layers with a = heads x d_kv, over a sequence of length L:
     cross-attention    N (4 T D a + 4 L D a + 4 T L a)   T decoder positions reading L encoder states; targets that
                                                          read the same states share their keys and values, 4 L D a
     feed-forward       N 4 L D F
-    code logits        2 D K per level
+    code logits        2 D K M per level of codes with M vectors each (1 with a codebook of a level), 2 D K of the items
+
+L_softmax and what the teacher of L_rec adds up (`teacher_flops`), products with the items drawn at random, are left out
+of a step's.
 """
 
 import torch
@@ -36,7 +39,17 @@ def decoder_flops(config: ColaRecConfig, num_sequences: float, read: float, leng
     layer = 8 * positions * width * attention + 4 * positions * levels * attention  # self
     layer += 4 * positions * width * attention + 4 * length * width * attention + 4 * levels * read * attention
     layer += 4 * positions * width * config.d_ff
-    return config.num_decoder_layers * layer + 2 * positions * width * config.branching
+    vectors = config.code_levels * (config.code_vectors if config.leaves_are_items else 1) + config.leaves_are_items
+    return config.num_decoder_layers * layer + 2 * num_sequences * width * config.branching * vectors
+
+
+def teacher_flops(config: ColaRecConfig, num_targets: float, num_random: float) -> float:
+    """FLOPs by which `model.Teacher` adds up the mass below each code: S Q K a level of codes; it has no backward pass.
+
+    Args:
+        num_random: Q, items that L_softmax ranks each target among.
+    """
+    return 2 * num_targets * num_random * config.branching * config.code_levels if config.distils else 0.0
 
 
 def step_flops(config: ColaRecConfig, lengths: dict[str, tuple[int, int, int]]) -> float:

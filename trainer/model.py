@@ -458,7 +458,9 @@ class Teacher:
     ):
         self._config, self._h_SD, self._prefix_Q = config, h_SD, prefix_Q
         highest_S = torch.maximum(score_S, score_SQ.max(-1).values)
-        self._mass_S, self._mass_SQ = (score_S - highest_S).exp(), (score_SQ - highest_S[:, None]).exp()
+        self._mass_SQ = (score_SQ - highest_S[:, None]).exp()
+        # Never 0, as what is below the prefix of a target may have no more than that.
+        self._mass_S = (score_S - highest_S).exp().clamp_min(torch.finfo(torch.float32).tiny)
 
     def codes(self, level: int, prefix_S: torch.Tensor, code_S: torch.Tensor) -> torch.Tensor:
         """float32 (S, K), rows that add up to 1: of the codes of a level after prefixes of the targets."""

@@ -164,12 +164,6 @@ def test_ranking_by_the_hybrid(data):
     assert within(2, cost.rank_cpu_seconds(config, scale, 1, measured["beams"]), measured["cpu_seconds_per_user"])
 
 
-def test_naming_the_codes_of_an_emptier_tree():
-    measured = row("scale", what="align", items=100_000)
-    assert within(2.5, cost.align_cpu_seconds(100_000), measured["cpu_seconds"])
-    assert within(2.5, cost.align_bytes(100_000, 0) - cost.align_bytes(0, 0), measured["bytes"])
-
-
 @pytest.mark.parametrize(("optimizer", "factor"), [("dense", 1.7), ("rowwise", 1.5)])
 def test_tables(optimizer, factor):
     """The whole process beside the formula: AdamW's step needs copies that the formula leaves out."""
@@ -180,3 +174,20 @@ def test_tables(optimizer, factor):
             config = config_module.load("configs/phone.toml", settings)
             scale = cost.Scale(1e9, 1e6, measured["ids"], 1.0, 30)
             assert within(factor, cost.table_bytes(config, scale, 1, bf16=False), measured["rss_bytes"])
+
+
+def test_weights_of_codes_and_their_teacher():
+    """K^t K M (D + 1) of each level t but the last; 2 Q K of each target and such level beside L_softmax's 6 Q D."""
+    settings = {"gid.branching": "8", "gid.length": "3", "model.d_model": "64", "history.attention": "full"}
+    scale = cost.Scale(1e6, 1e5, 5e4, 1.0, 30)
+    weights, work = {}, {}
+    for vectors, distil in (("1", "0"), ("4", "0"), ("4", "0.8")):
+        settings |= {"model.code_vectors": vectors, "loss.distil": distil, "train.negatives": "1000"}
+        config = config_module.load("configs/phone.toml", settings)
+        weights[vectors], work[distil] = (
+            cost.num_layer_weights(config, scale),
+            cost.softmax_flops_per_row(config, scale),
+        )
+    assert weights["4"] - weights["1"] == 3 * (8 + 8 * 8) * (64 + 1)
+    assert work["0"] == 6 * 1000 * 64
+    assert work["0.8"] == 6 * 1000 * 64 + 2 * 2 * 1000 * 8

@@ -230,9 +230,9 @@ def test_the_command_line_takes_whole_names_only(tmp_path):
 
 def test_a_changed_config_is_checked_and_leaves_the_other_alone(tmp_path):
     loaded = config.load(write(tmp_path, "seed = 5"))
-    changed = config.replace(loaded, {"loss.index": 0.0, "name": "other"})
-    assert (changed.loss.index, changed.name, changed.seed) == (0.0, "other", 5)
-    assert (loaded.loss.index, loaded.name) == (0.02, "small")
+    changed = config.replace(loaded, {"loss.index": 0.5, "name": "other"})
+    assert (changed.loss.index, changed.name, changed.seed) == (0.5, "other", 5)
+    assert (loaded.loss.index, loaded.name) == (0.0, "small")
     with pytest.raises(ValueError, match="the encoder would know no item apart"):
         config.replace(loaded, {"model.item_table": "none", "history.content": False})
 

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from contract.artifacts import open_artifact
-from eval import contrast
+from eval import contrast, table
 from eval.users import read_eval_users
 from eval.variants import Variant
 from tests import tiny
@@ -56,7 +56,7 @@ def test_lists_of_other_users_are_refused(room):
 def test_the_table_says_what_was_removed_and_which_differences_count(room):
     results, metrics = contrast.contrast(*room), contrast.shown((5, 10))
     variants, training = [FULL, WORSE, EVEN], {"full": "1 min", "worse": "2.5 min", "even": "3 min"}
-    text = contrast.markdown(variants, results, metrics, {"data": "tiny"}, training)
+    text = contrast.markdown(variants, results, metrics, {"data": "tiny"}, training, {})
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
     assert rows["full"] == "| full | all of it | 1.0000 ±0.0000 |  | 1.0000 ±0.0000 |  | 1 min |"
     low, high = (results["worse"]["recall@10"]["difference"][end] for end in ("low", "high"))
@@ -65,10 +65,35 @@ def test_the_table_says_what_was_removed_and_which_differences_count(room):
     assert rows["worse"].endswith("| 2.5 min |")
     assert "| +0.0000 [+0.0000, +0.0000] |" in rows["even"]
     assert "- data: tiny" in text
-    lines = contrast.terminal(variants, results, metrics).splitlines()
+    lines = contrast.terminal(variants, results, metrics, {}).splitlines()
     assert lines[0].split() == ["recall@10", "difference", "ndcg@10", "difference"]
     assert lines[3].split() == ["worse", "0.5000", "-0.5000*", "0.5000", "-0.5000*"]
     assert lines[4].split() == ["even", "1.0000", "+0.0000", "1.0000", "+0.0000"]
+
+
+def test_the_generated_lists_stand_beside_those_that_are_shown(room):
+    _, _, folders = room
+    means = {"full": 0.25, "worse": 0.125}
+    for name, folder in folders.items():
+        models = {"ColaRec": {"recall@10": {"mean": 0.5}, "ndcg@10": {"mean": 0.5}}}
+        if name in means:
+            models["ColaRec, generative"] = {"recall@10": {"mean": means[name]}, "ndcg@10": {"mean": means[name] / 2}}
+        table.write(table.Results(name, {}, models, {}, 1), folder / "metrics.json")
+    results, metrics = contrast.contrast(*room), contrast.shown((5, 10))
+    variants, training = [FULL, WORSE, EVEN], {"full": "1 min", "worse": "2.5 min", "even": "3 min"}
+    beside = contrast.generated(variants, folders, metrics)
+    assert beside == {
+        "generated recall@10": ["0.2500", "0.1250", ""],
+        "generated ndcg@10": ["0.1250", "0.0625", ""],
+    }
+    text = contrast.markdown(variants, results, metrics, {}, training, beside)
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("|")}
+    assert rows["variant"].endswith("| generated recall@10 | generated ndcg@10 | training |")
+    assert rows["worse"].endswith("| 0.1250 | 0.0625 | 2.5 min |")
+    assert rows["even"].endswith("|  |  | 3 min |")
+    lines = contrast.terminal(variants, results, metrics, beside).splitlines()
+    assert lines[3].split()[-2:] == ["0.1250", "0.0625"]
+    assert contrast.generated([EVEN], folders, metrics) == {}
 
 
 def test_the_figure_has_a_row_per_ablation_and_a_panel_per_metric(room):

@@ -142,16 +142,23 @@ def test_what_is_not_results_is_refused(text, tmp_path):
             {"etl.split": "temporal", "etl.valid_days": "3.5"},
             {"split": "by time, the last 7 days test, the 3.5 before them valid"},
         ),
-        ({"eval.hybrid": "0"}, {"decoding": "100 beams over the GIDs of all items"}),
+        ({"eval.hybrid": "0", "eval.neighbours": "0"}, {"decoding": "100 beams over the GIDs of all items"}),
+        (
+            {"eval.hybrid": "0", "eval.neighbours": "0.5"},
+            {
+                "decoding": "100 beams over the GIDs of all items; with as many by c, the neighbours, "
+                "ranked by log p + 0.5 c"
+            },
+        ),
         ({"eval.mode": "dense"}, {"decoding": "all items by h(X_u) . v_i"}),
         ({"eval.mode": "dense", "loss.softmax": "0"}, {"decoding": "all items by h(X_u) . h(X_i)"}),
         (
             {"eval.beams": "567", "eval.hybrid": "4"},
-            {"decoding": "the GIDs of all items, ranked by log p + 4 h(X_u) . v_i"},
+            {"decoding": "the GIDs of all items, ranked by (log p + 4 h(X_u) . v_i) / 5"},
         ),
         (
             {"eval.beams": "567", "eval.hybrid": "4", "eval.neighbours": "0.5"},
-            {"decoding": "the GIDs of all items, ranked by log p + 4 (h(X_u) . v_i + 0.5 c)"},
+            {"decoding": "the GIDs of all items, ranked by (log p + 4 h(X_u) . v_i) / 5 + 0.5 c"},
         ),
         ({"eval.exhaustive": "true", "eval.mode": "generative"}, {"decoding": "the GIDs of all items"}),
         ({"etl.split": "random"}, {"split": "at random, 0.8:0.1:0.1 of each user's items"}),

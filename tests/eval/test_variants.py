@@ -1,11 +1,11 @@
 """Which ablations a config has, and what of an experiment their work folders share."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from contract import config as config_module
+from contract.disk import write_record
 from eval import variants
 from tests import tiny
 
@@ -20,7 +20,7 @@ def names(config) -> list[str]:
 
 
 def test_the_ablations_of_the_paper(config):
-    losses = ["no_rec", "no_index", "no_ranking", "no_contrastive", "ranking_bpr"]
+    losses = ["no_rec", "no_index", "no_distil", "one_code_vector", "no_ranking", "no_contrastive", "ranking_bpr"]
     gids, inputs = ["gid_content", "gid_fused", "gid_random"], ["order_set", "encoding_tokens"]
     items = ["no_content", "no_slots", "items_random", "codebooks_level"]
     assert names(config) == ["full", *losses, *gids, *items, *inputs, "no_average", "lists_generative"]
@@ -44,9 +44,24 @@ def test_what_would_be_the_full_model_again_or_no_model_is_left_out(config):
     with_both = {"eval.neighbours": 1.0, "gid.neighbours": 10}
     assert lists <= set(names(config_module.replace(config, with_both)))
     assert "no_neighbours" not in names(config_module.replace(config, with_both | {"gid.neighbours": 0}))
-    assert not lists & set(names(config_module.replace(config, with_both | {"eval.hybrid": 0.0})))
+    assert lists <= set(names(config_module.replace(config, with_both | {"eval.hybrid": 0.0})))
+    neither = with_both | {"eval.hybrid": 0.0, "eval.neighbours": 0.0}
+    assert not lists & set(names(config_module.replace(config, neither)))
     dense = names(config_module.replace(config, with_both | {"eval.mode": "dense"}))
     assert lists & set(dense) == {"lists_generative"}
+
+
+def test_ablations_of_the_decoder_are_there_where_it_learns_from_the_score(config):
+    decoder = {"no_distil", "one_code_vector"}
+    assert decoder < set(names(config))
+    assert not decoder & set(names(config_module.replace(config, {"model.codebooks": "level"})))
+    assert decoder & set(names(config_module.replace(config, {"loss.softmax": 0.0}))) == {"one_code_vector"}
+    once = config_module.replace(config, {"loss.distil": 0.0, "model.code_vectors": 1})
+    assert not decoder & set(names(once))
+    without = config_module.replace(config, {"loss.index": 0.0})
+    assert {"no_index", "with_index"} & set(names(without)) == {"with_index"}
+    (_, variant) = variants.choose(without, "with_index")
+    assert variants.variant_config(without, variant).loss.index == 0.02
 
 
 def test_an_unknown_variant_names_those_that_there_are(config):
@@ -106,7 +121,7 @@ def test_a_model_of_another_training_is_not_there(config):
         "config": config_module.section(config, "seed", "history", "model", "loss"),
         "training": {"train": vars(config.train)},
     }
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_record(path / "manifest.json", manifest)
     assert variants.is_there(config, "model")
     assert variants.is_there(config_module.replace(config, {"train.log_every": 7}), "model")
     assert not variants.is_there(config_module.replace(config, {"train.epochs": 7}), "model")

@@ -9,23 +9,19 @@ from gid.tree import GidTree
 from tests import tiny
 from trainer import dense, loader
 from trainer.beam import all_items, beam_search, gid_log_p
+from trainer.model import init_codes
 
 
 @pytest.fixture
 def room(tmp_path):
     """A function (codebooks, **overrides) -> (model with weights far from its start, tree, catalog, an eval batch)."""
 
-    def make(codebooks="level", **overrides):
+    def make(codebooks="prefix", **overrides):
         overrides |= {"model__num_decoder_layers": "2", "model__codebooks": codebooks}
         make.config, corpus, catalog, model = tiny.tiny_room(tmp_path / "work", **overrides)
-        with torch.no_grad():
-            # Probabilities that differ clearly between codes and between users.
-            for codes in (model.codebook_TKD if model.head_TKD is None else model.head_TKD, *model.prefix_codebooks):
-                codes.mul_(100)
-            model.start_D.mul_(10)
-            model.item.weight.mul_(30)
+        tiny.move_from_start(model)
         batch = next(loader.eval_batches(make.config, catalog, corpus, "test", 7, 0, 1))
-        return model, GidTree(catalog.gids, 4), catalog, batch
+        return model, GidTree(catalog.gids, make.config.gid.branching), catalog, batch
 
     return make
 
@@ -46,9 +42,12 @@ def leaves(room, model, catalog):
     return torch.nn.functional.pad(v, (0, 0, 1, 0))
 
 
-@pytest.mark.parametrize(("codebooks", "tied"), [("level", "true"), ("level", "false"), ("prefix", "true")])
-def test_wide_beam_equals_full_enumeration(room, codebooks, tied):
-    model, tree, catalog, batch = room(codebooks, model__tie_codebooks=tied)
+@pytest.mark.parametrize(
+    ("codebooks", "settings"),
+    [("level", {}), ("prefix", {}), ("prefix", {"history__attention": "causal"}), ("prefix", {"gid__branching": "7"})],
+)
+def test_wide_beam_equals_full_enumeration(room, codebooks, settings):
+    model, tree, catalog, batch = room(codebooks, **settings)
     scores, v = enumerate_items(room, model, catalog, batch), leaves(room, model, catalog)
     assert scores[:, 1:].std() > 0.5
     item, score = beam_search(model, tree, batch["user"], num_beams=1000, num_results=40, v_ID=v)
@@ -60,9 +59,9 @@ def test_wide_beam_equals_full_enumeration(room, codebooks, tied):
 @pytest.mark.parametrize("seed", range(3))
 def test_random_trees_with_ties_and_seen_items(room, seed):
     """Codes 0 and 1 mean the same on the last level, so that items which differ in it alone are equally probable."""
-    model, _, catalog, batch = room()
+    model, _, catalog, batch = room("level")
     with torch.no_grad():
-        model.codebook_TKD[2, 1] = model.codebook_TKD[2, 0]
+        model.head_TKD[2, 1] = model.head_TKD[2, 0]
     rng = np.random.default_rng(seed)
     paths = np.stack(np.unravel_index(rng.permutation(64)[:40], (4, 4, 4)), 1)
     catalog = dataclasses.replace(catalog, gids=np.concatenate([np.zeros((1, 3), np.int64), paths]))
@@ -126,9 +125,10 @@ def test_narrow_beam_follows_the_best_prefixes(room, codebooks):
 
 
 def test_seen_items_are_left_out_and_the_rest_moves_up(room):
-    model, tree, _, batch = room()
-    free, _ = beam_search(model, tree, batch["user"], 1000, 40)
-    masked, score = beam_search(model, tree, batch["user"], 1000, 40, batch["seen_row"], batch["seen_item"])
+    model, tree, catalog, batch = room()
+    v = leaves(room, model, catalog)
+    free, _ = beam_search(model, tree, batch["user"], 1000, 40, v_ID=v)
+    masked, score = beam_search(model, tree, batch["user"], 1000, 40, batch["seen_row"], batch["seen_item"], v_ID=v)
     for row in range(len(free)):
         seen = set(batch["seen_item"][batch["seen_row"] == row].tolist())
         assert seen
@@ -138,17 +138,17 @@ def test_seen_items_are_left_out_and_the_rest_moves_up(room):
 
 
 def test_more_results_than_items_are_padded(room):
-    model, tree, _, batch = room()
-    item, score = beam_search(model, tree, batch["user"], 1000, 50)
+    model, tree, catalog, batch = room()
+    item, score = beam_search(model, tree, batch["user"], 1000, 50, v_ID=leaves(room, model, catalog))
     assert (item[:, :40] > 0).all()
     assert (item[:, 40:] == 0).all()
     assert torch.isinf(score[:, 40:]).all()
 
 
 def test_equal_scores_are_ordered_by_item(room):
-    model, _, catalog, batch = room()
+    model, _, catalog, batch = room("level")
     with torch.no_grad():
-        model.codebook_TKD[:] = 0.0
+        model.head_TKD[:] = 0.0
     # Paths in an order unlike that of the items.
     gids = catalog.gids.copy()
     gids[1:] = gids[1:][np.random.default_rng(0).permutation(catalog.num_items)]
@@ -157,7 +157,29 @@ def test_equal_scores_are_ordered_by_item(room):
 
 
 def test_every_beam_ends_in_a_real_item_when_the_tree_is_sparse(room):
-    model, _, _, batch = room()
+    model, _, catalog, batch = room()
     gids = np.array([[0, 0, 0], [0, 1, 0], [3, 2, 1]])  # two items; most codes lead nowhere
-    item, _ = beam_search(model, GidTree(gids, 4), batch["user"], num_beams=10, num_results=3)
+    v = leaves(room, model, catalog)[:3]
+    item, _ = beam_search(model, GidTree(gids, 4), batch["user"], num_beams=10, num_results=3, v_ID=v)
     assert [sorted(row) for row in item.tolist()] == [[0, 1, 2]] * len(item)
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+@torch.no_grad()
+def test_before_training_the_tree_ranks_as_the_dense_search_does(room, attention):
+    """With a vector for every item below each code, d_t = h(X) and the last norm at 0: p(GID | X) is softmax(h . v)."""
+    model, tree, catalog, batch = room(history__attention=attention, model__code_vectors="16")
+    for weights in (model.decoder.final_layer_norm.weight, *model.code_vectors):
+        weights.zero_()
+    v = leaves(room, model, catalog)
+    init_codes(model, torch.from_numpy(catalog.gids), v, seed=3)
+    states, user = model.encode(batch["user"]), batch["user"]
+    expected = (dense.user_vectors(model, states, user) @ v[1:].T).log_softmax(-1)
+    log_p = tiny.log_p_of_all_items(room.config, model, catalog, batch).sum(-1)
+    assert expected.std() > 0.5
+    assert torch.allclose(log_p, expected, atol=5e-3)  # parts without an item have next to no probability, not none
+    item, score = beam_search(model, tree, user, 1000, 40, v_ID=v)
+    assert torch.allclose(expected.gather(1, item - 1), expected.sort(descending=True, dim=1).values, atol=5e-3)
+    assert torch.allclose(score, expected.gather(1, item - 1), atol=5e-3)
+    narrow, _ = beam_search(model, tree, user, 8, 1, v_ID=v)
+    assert torch.equal(narrow[:, 0], expected.argmax(1) + 1)

@@ -121,11 +121,12 @@ def test_causal_attention_has_one_loss_curve_too(data, new_work, tmp_path):
     assert first + rest == pytest.approx(expected, **TOLERANCE)
 
 
-def test_the_softmax_over_the_random_items_of_all_ranks_is_that_of_one_rank(new_work, tmp_path):
+def test_the_random_items_of_all_ranks_are_those_of_one_rank(new_work, tmp_path):
+    """For the softmax, and for the decoder, which learns from it."""
     settings = {"loss.softmax": "1", "loss.bpr": "0"}
     one, _ = runs.fit(new_work("softmax-1"), settings)
     new_work("softmax-2")
     [two] = runs.on_ranks(2, tmp_path, [{"name": "softmax-2", "set": settings | {"train.zero_stage": "2"}}])
     assert one["train/softmax"][0] > 2
-    for name in ("softmax", "loss", "grad_norm"):
+    for name in ("softmax", "rec", "loss", "grad_norm"):
         assert two[f"train/{name}"] == pytest.approx(one[f"train/{name}"], **TOLERANCE), name

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.flops import step_flops
-from trainer.model import ColaRec, ColaRecConfig
+from trainer.flops import decoder_flops, step_flops, teacher_flops
+from trainer.model import ColaRec, ColaRecConfig, Teacher
 
 B, L, N, M, T = 4, 9, 6, 5, 3
 
@@ -40,3 +40,22 @@ def test_a_step_is_what_torch_counts(weights):
     user, item = (B, B * L, B * L**2), (N, N * M, N * M**2)
     lengths = {"user": user, "decoded user": user, "item": item, "decoded item": item}
     assert step_flops(config, lengths) == pytest.approx(counted, rel=0.03)
+
+
+def test_codes_and_what_teaches_them_are_what_torch_counts():
+    config = ColaRecConfig(
+        d_model=32, gid_length=T, branching=4, codebooks="prefix", code_vectors=3, num_decoder_layers=0,
+        loss_weights={"rec": 1.0, "softmax": 1.0}, distil=0.5,
+    )  # fmt: skip
+    model, targets, drawn = ColaRec(config), 7, 90
+    gids, leaves = torch.zeros(targets, T, dtype=torch.long), torch.ones(targets, 4, dtype=torch.long)
+    below = {"row": leaves, "choice": gids[:, 0], "v": torch.randn(2, 32)}
+    with FlopCounterMode(display=False) as counter:
+        model.path_loss(torch.randn(targets, T, 32), gids, below)
+    assert decoder_flops(config, targets, 0, 0) == counter.get_total_flops() == 2 * targets * 32 * 4 * (3 + 3 + 1)
+    scores = torch.randn(targets), torch.randn(targets, drawn)
+    teacher = Teacher(config, torch.randn(targets, 32), *scores, torch.zeros(drawn, dtype=torch.long))
+    with FlopCounterMode(display=False) as counter:
+        for level in range(T - 1):
+            teacher.codes(level, gids[:, 0], gids[:, 0])
+    assert teacher_flops(config, targets, drawn) == counter.get_total_flops() == 2 * 2 * targets * drawn * 4

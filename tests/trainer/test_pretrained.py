@@ -38,6 +38,8 @@ def test_layers_from_t5_compute_what_t5_computes(tmp_path, t5):
     expected = reference.encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(model.encode(batch["user"])[mask], expected[mask])
     decoded = reference.decoder(inputs_embeds=embeds[:, :3], encoder_hidden_states=expected).last_hidden_state
+    assert not model.decoder.final_layer_norm.weight.any()  # at the start h(X) is all that the decoder says
+    model.decoder.final_layer_norm.weight.copy_(reference.decoder.final_layer_norm.weight)
     ours = model.decoder(inputs_embeds=embeds[:, :3], encoder_hidden_states=expected).last_hidden_state
     torch.testing.assert_close(ours, decoded)
     ours, theirs = model.token.weight[1 : tiny.VOCAB_SIZE], reference.shared.weight[1 : tiny.VOCAB_SIZE]

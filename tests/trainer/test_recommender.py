@@ -58,14 +58,13 @@ def exact_scores(recommender, batch, mode):
     model, catalog = recommender.model, recommender.catalog
     states = model.encode(batch["user"])
     vectors = dense.item_vectors(recommender.config, model, catalog, CPU, np.arange(1, 41), "v")
-    total = torch.full((len(states), 41), -INF)
-    total[:, 1:] = dense.user_vectors(model, states, batch["user"]) @ vectors.T
-    if mode == "hybrid":
-        total += 2 * c_of_all_items(catalog.neighbours, batch["user"]["item"].tolist())
-    if mode != "dense":
-        log_p = tiny.log_p_of_all_items(recommender.config, model, catalog, batch).sum(-1)
-        weight = 0.5 if mode.endswith(("hybrid", "without_neighbours")) else 0
-        total[:, 1:] = log_p + (weight * total[:, 1:] if weight else 0)
+    near = dense.user_vectors(model, states, batch["user"]) @ vectors.T
+    log_p = tiny.log_p_of_all_items(recommender.config, model, catalog, batch).sum(-1)
+    c = c_of_all_items(catalog.neighbours, batch["user"]["item"].tolist())[:, 1:]
+    w, w_c = recommender.config.eval.hybrid, recommender.config.eval.neighbours
+    both = (log_p + w * near) / (1 + w)
+    scores = {"dense": near, "generative": log_p, "without_neighbours": both, "hybrid": both + w_c * c}
+    total = torch.nn.functional.pad(scores[mode], (1, 0), value=-INF)
     total[batch["seen_row"], batch["seen_item"]] = -INF
     return total
 
@@ -90,24 +89,60 @@ def assert_best(item, score, expected):
 
 
 def candidates(item, log_p, near, c=None):
-    """Those of tensors (B, N)."""
-    return Candidates(
-        (item, log_p), (item[:, :0], near[:, :0]), item, log_p, near, c, dense.repeated(item) | (item == 0)
-    )
+    """Those of tensors (B, N), all of which the beam found."""
+    again = dense.repeated(item) | (item == 0)
+    return Candidates((item, log_p), (item[:, :0], near[:, :0]), item, log_p, near, c, again, again)
 
 
-def test_the_hybrid_adds_the_ranking_score_and_the_neighbours():
+def test_the_hybrid_is_a_mean_of_log_p_and_the_ranking_score_and_adds_the_neighbours():
     item = torch.tensor([[1, 2, 3], [3, 0, 0]])
     log_p = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -INF, -INF]])
     near = torch.tensor([[1.0, 2.0, 4.0], [2.0, 9.0, 9.0]])
     c = torch.tensor([[0.0, 2.0, 0.0], [3.0, 9.0, 9.0]])
-    found, score = candidates(item, log_p, near, c).best(0.5, 0.0, k=2)  # 1: -1 + .5, 2: -2 + 1, 3: -3 + 2
+    found, score = candidates(item, log_p, near).best(0.5, 0.0, k=2)  # 1: -.5 / 1.5, 2: -1 / 1.5, 3: -1 / 1.5
     assert found.tolist() == [[1, 2], [3, 0]]
-    assert score.tolist() == [[-0.5, -1.0], [0.0, -INF]]
+    assert score.tolist() == [pytest.approx([-0.5 / 1.5, -1 / 1.5]), pytest.approx([0.0, -INF])]
     assert candidates(item, log_p, near).best(2.0, 0.0, k=2)[0].tolist() == [[3, 2], [3, 0]]
-    found, score = candidates(item, log_p, near, c).best(0.5, 2.0, k=2)  # 2: -2 + .5 (2 + 2 2)
+    found, score = candidates(item, log_p, near, c).best(0.5, 2.0, k=2)  # 2: -1 / 1.5 + 4
     assert found.tolist() == [[2, 1], [3, 0]]
-    assert score.tolist() == [[1.0, -0.5], [3.0, -INF]]
+    assert score.tolist() == [pytest.approx([-1 / 1.5 + 4, -0.5 / 1.5]), pytest.approx([6.0, -INF])]
+    found, score = candidates(item, log_p, near, c).best(0.0, 0.25, k=3)  # near weighs nothing: 2: -2 + .5
+    assert found.tolist() == [[1, 2, 3], [3, 0, 0]]
+    assert score.tolist() == [[-1.0, -1.5, -3.0], [-0.25, -INF, -INF]]
+
+
+def test_what_a_part_alone_found_is_ranked_where_the_part_weighs_anything():
+    """Of the beam 1 and 2, of the search 2 and 3, of the neighbours 3 and 4."""
+    item = torch.tensor([[1, 2, 2, 3, 3, 4]])
+    log_p, near = torch.tensor([[-1.0, -2, -2, -3, -3, -4]]), torch.tensor([[1.0, 1, 1, 9, 9, 1]])
+    c, again = torch.tensor([[0.0, 0, 0, 1, 1, 9]]), torch.tensor([[0, 0, 1, 0, 1, 0]]) == 1
+    without_near = torch.tensor([[0, 0, 1, 1, 0, 0]]) == 1
+    parts = (item[:, :2], log_p[:, :2]), (item[:, 2:4], near[:, 2:4])
+    found = Candidates(*parts, item, log_p, near, c, again, without_near)
+    assert found.best(0.0, 0.0, 4)[0].tolist() == [[1, 2, 0, 0]]
+    assert found.best(1.0, 0.0, 4)[0].tolist() == [[3, 1, 2, 0]]
+    assert found.best(0.0, 1.0, 5)[0].tolist() == [[4, 1, 2, 3, 0]]  # 3 is of the neighbours as well; -1, -2, -2
+    assert found.best(1.0, 1.0, 5)[0].tolist() == [[4, 3, 1, 2, 0]]
+
+
+def test_without_a_weight_of_the_search_its_finds_are_no_candidates(trained, recommender):
+    made = recommender(beams=5, hybrid=0.0)
+    for batch in batches(made, trained[1], 60):
+        states = made.model.encode(batch["user"])
+        parts = made.candidates(batch, 5, states)
+        log_p = exact_scores(made, batch, "generative")
+        c = c_of_all_items(made.catalog.neighbours, batch["user"]["item"].tolist())
+        c[batch["seen_row"], batch["seen_item"]] = -INF
+        c[:, 0] = -INF
+        counted = [[i for i in row.topk(5).indices.tolist() if row[i] > 0] for row in c]
+        shown, alone = made.recommend(batch, 5), 0
+        for row, generated in enumerate(parts.generated[0].tolist()):
+            allowed = {*generated, *counted[row]}
+            alone += len(set(parts.near[0][row].tolist()) - allowed)
+            best = sorted(allowed, key=lambda i: log_p[row, i] + 2 * c[row, i], reverse=True)[:5]
+            assert shown["item_idx"][row].tolist() == best
+            assert parts.best(0.0, 0.0, 5)[0][row].tolist() == generated
+        assert alone > 5
 
 
 def test_a_candidate_that_is_there_twice_counts_once():
@@ -115,7 +150,7 @@ def test_a_candidate_that_is_there_twice_counts_once():
     log_p = torch.tensor([[-2.0, -1.0, -1.0, -2.0, -0.5, -3.0, -0.5]])
     found, score = candidates(item, log_p, torch.zeros(1, 7)).best(1.0, 0.0, k=4)
     assert found.tolist() == [[1, 2, 3, 0]]
-    assert score.tolist() == [[-1.0, -2.0, -3.0, -INF]]
+    assert score.tolist() == [[-0.5, -1.0, -1.5, -INF]]
 
 
 def test_equal_scores_are_ordered_by_item():
@@ -124,7 +159,7 @@ def test_equal_scores_are_ordered_by_item():
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "generative", "dense"])
-@pytest.mark.parametrize("width", [{"exhaustive": True, "beams": 5}, {"beams": 40}])
+@pytest.mark.parametrize("width", [{"exhaustive": True, "beams": 5}, {"beams": 40}, {"beams": 40, "hybrid": 0.0}])
 def test_exhaustive_lists_are_the_best_of_all_items(trained, recommender, mode, width):
     made = recommender(mode=mode, **width)
     for batch in batches(made, trained[1], 7):
@@ -170,7 +205,7 @@ def test_scores_of_given_items_are_those_that_rank(trained, recommender, mode):
 
 
 def test_a_hybrid_without_weight_is_generative(trained, recommender):
-    made, plain = recommender(hybrid=0.0, beams=8), recommender(mode="generative", beams=8)
+    made, plain = recommender(hybrid=0.0, neighbours=0.0, beams=8), recommender(mode="generative", beams=8)
     for batch in batches(made, trained[1], 60):
         found, expected = made.recommend(batch, 8), plain.recommend(batch, 8)
         assert set(found) == {"item_idx", "score"}
@@ -197,7 +232,8 @@ def test_without_a_weight_set_the_one_of_the_best_validation_ranks(trained, reco
 def test_a_model_that_no_weight_was_chosen_for_ranks_by_the_beam_alone(trained, recommender):
     config, inputs = trained
     model = with_best(inputs["model"], {"ndcg@10": 0.1})  # trained with eval.mode = "generative"
-    made = load(config_module.replace(config, {"eval.hybrid": -1.0}), inputs | {"model": model}, CPU)
+    unset = config_module.replace(config, {"eval.hybrid": -1.0, "eval.neighbours": -1.0})
+    made = load(unset, inputs | {"model": model}, CPU)
     batch = next(batches(made, inputs, 60))
     found, expected = made.recommend(batch, 8), recommender(mode="generative").recommend(batch, 8)
     assert set(found) == {"item_idx", "score"}

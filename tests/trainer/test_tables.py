@@ -20,7 +20,7 @@ from tests import tiny
 from tests.trainer import runs
 from trainer import tables
 from trainer.main import main as train
-from trainer.model import EMBEDDING_STD, ColaRec, ColaRecConfig, init_items
+from trainer.model import EMBEDDING_STD, ColaRec, ColaRecConfig, init_codes, init_items
 from trainer.tables import Addresses, RowwiseEmbedding, Shard
 
 ALONE = Shard(0, 1)
@@ -282,10 +282,11 @@ def test_cf_start_of_row_wise_items_is_that_of_dense_ones(tmp_path):
     *_, catalog, dense = tiny.tiny_room(tmp_path / "work")
     sharded = ColaRec(dense.config, Shard(1, 2))
     embeddings, gids = torch.randn(41, 8), torch.from_numpy(catalog.gids)
-    init_items(dense, embeddings, gids, seed=1)
-    init_items(sharded, embeddings, gids, seed=1)
+    for model in (dense, sharded):
+        init_codes(model, gids, init_items(model, embeddings, seed=1), seed=1)
     assert torch.equal(sharded.item.weight, dense.item.weight[1::2])
-    assert torch.equal(sharded.codebook_TKD[0, :3], dense.codebook_TKD[0, :3])  # the fourth leads to no item
+    assert torch.equal(sharded.code_vectors[0][0, :3], dense.code_vectors[0][0, :3])  # the fourth leads to no item
+    assert torch.equal(sharded.code_biases[1], dense.code_biases[1])
 
 
 def test_without_user_slots_there_is_no_user_table(tmp_path):
