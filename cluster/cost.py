@@ -21,7 +21,7 @@ from gid.cooccurrence import MAX_ITEMS, MAX_USERS
 from gid.hierarchy import gid_length
 from gid.lightgcn import memory_need
 from trainer.flops import decoder_flops, encoder_flops, step_flops, teacher_flops
-from trainer.model import ColaRec, ColaRecConfig
+from trainer.model import ColaRec, ColaRecConfig, vectors_per_code
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
@@ -198,7 +198,8 @@ def model_config(config: Config, scale: Scale, tables: bool = False) -> ColaRecC
         num_users=int(scale.users) if tables and config.history.user_slots else 0,
         gid_length=gid_levels(config, scale),
         branching=config.gid.branching,
-        **{name: getattr(m, name) for name in ("d_model", "d_ff", "d_kv", "num_heads", "codebooks", "code_vectors")},
+        **{name: getattr(m, name) for name in ("d_model", "d_ff", "d_kv", "num_heads", "codebooks")},
+        code_vectors=vectors_per_code(config, int(scale.items), gid_levels(config, scale)),
         num_encoder_layers=m.num_encoder_layers,
         num_decoder_layers=m.num_decoder_layers,
         loss_weights=config.loss.weights,

@@ -238,7 +238,10 @@ class Model:
         ("prefix", "level"),
     )
     code_vectors: int = _opt(
-        4, "vectors of a code after a prefix, each for a part of the items below (codebooks 'prefix')", low=1
+        4,
+        "vectors of a code after a prefix, each for a part of the items below, three and more on average (codebooks "
+        "'prefix')",
+        low=1,
     )
     item_init: str = _opt(
         "cf",

@@ -39,7 +39,7 @@ def decoder_flops(config: ColaRecConfig, num_sequences: float, read: float, leng
     layer = 8 * positions * width * attention + 4 * positions * levels * attention  # self
     layer += 4 * positions * width * attention + 4 * length * width * attention + 4 * levels * read * attention
     layer += 4 * positions * width * config.d_ff
-    vectors = config.code_levels * (config.code_vectors if config.leaves_are_items else 1) + config.leaves_are_items
+    vectors = sum(config.code_vectors) + 1 if config.leaves_are_items else levels
     return config.num_decoder_layers * layer + 2 * num_sequences * width * config.branching * vectors
 
 

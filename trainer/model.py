@@ -53,6 +53,7 @@ from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 # within some hundred steps.
 EMBEDDING_STD = 0.03
 LOSSES = ("rec", "index", "bpr", "softmax", "contrastive")
+ITEMS_PER_VECTOR = 3  # below a code, on average, at least
 NOTHING_BELOW = -10.0  # b_m where no item is below: next to no probability
 CLUSTER_ROUNDS = 5  # of k-means among the items below a prefix, for the start of the e_m
 CLUSTER_ROWS = 1 << 18  # items compared with their centres at once
@@ -63,6 +64,7 @@ class ColaRecConfig(PreTrainedConfig):
 
     Args:
         num_tokens: content vocabulary and task tokens.
+        code_vectors: M of each level of codes, see `vectors_per_code`; one number for all of them.
         num_users: 0 where items have no user slots.
         experiment: the settings of [history], [model] and [loss] that it was trained with, {dotted key: value}.
     """
@@ -87,7 +89,7 @@ class ColaRecConfig(PreTrainedConfig):
         num_decoder_layers: int = 2,
         dropout: float = 0.1,
         codebooks: str = "level",
-        code_vectors: int = 1,
+        code_vectors: int | list[int] = 1,
         item_table: str = "exact",
         user_table: str = "exact",
         hash_functions: int = 2,
@@ -102,7 +104,8 @@ class ColaRecConfig(PreTrainedConfig):
         self.gid_length, self.branching, self.max_recency = gid_length, branching, max_recency
         self.d_model, self.d_ff, self.d_kv, self.num_heads = d_model, d_ff, d_kv, num_heads
         self.num_encoder_layers, self.num_decoder_layers = num_encoder_layers, num_decoder_layers
-        self.dropout, self.codebooks, self.code_vectors = dropout, codebooks, code_vectors
+        self.dropout, self.codebooks = dropout, codebooks
+        self.code_vectors = [code_vectors] * self.code_levels if isinstance(code_vectors, int) else list(code_vectors)
         self.item_table, self.user_table = item_table, user_table
         self.hash_functions, self.hash_rows = hash_functions, hash_rows
         self.loss_weights = dict.fromkeys(LOSSES, 0.0) | (loss_weights or {})
@@ -126,6 +129,17 @@ class ColaRecConfig(PreTrainedConfig):
         return self.gid_length - self.leaves_are_items
 
 
+def vectors_per_code(config: Config, num_items: int, length: int) -> list[int]:
+    """M of each level of codes with codebooks of prefixes: model.code_vectors, or fewer where so few items are below a
+    code that the vectors would be hardly fewer than the items.
+
+    Args:
+        length: l.
+    """
+    below = (num_items / config.gid.branching ** (level + 1) for level in range(length - 1))
+    return [max(1, min(config.model.code_vectors, round(items / ITEMS_PER_VECTOR))) for items in below]
+
+
 def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
     """The model of an experiment on its artifacts."""
     model = config.model
@@ -146,7 +160,7 @@ def model_config(config: Config, catalog: Catalog) -> ColaRecConfig:
         num_decoder_layers=model.num_decoder_layers,
         dropout=model.dropout,
         codebooks=model.codebooks,
-        code_vectors=model.code_vectors,
+        code_vectors=vectors_per_code(config, catalog.num_items, catalog.gids.shape[1]),
         item_table=model.item_table,
         user_table=model.user_table,
         hash_functions=model.hash_functions,
@@ -181,7 +195,7 @@ class ColaRec(PreTrainedModel):
         self.gap = _table(config, NUM_GAP_BUCKETS - 1)
         self.start_D = nn.Parameter(torch.empty(width))
         if config.leaves_are_items:
-            sizes = [(branching**level, branching, config.code_vectors) for level in range(levels)]
+            sizes = [(branching**level, branching, num) for level, num in enumerate(config.code_vectors)]
             self.code_vectors = nn.ParameterList(nn.Parameter(torch.empty(*size, width)) for size in sizes)
             self.code_biases = nn.ParameterList(nn.Parameter(torch.empty(size)) for size in sizes)
         else:  # what the decoder reads and what it is compared with are apart, as in the paper's code

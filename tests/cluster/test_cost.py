@@ -189,5 +189,7 @@ def test_weights_of_codes_and_their_teacher():
             cost.softmax_flops_per_row(config, scale),
         )
     assert weights["4"] - weights["1"] == 3 * (8 + 8 * 8) * (64 + 1)
+    few = cost.Scale(1e6, 1e5, 300, 1.0, 30)  # items: 4.7 below each of the second level's codes
+    assert cost.num_layer_weights(config, few) - weights["1"] == 3 * 8 * (64 + 1) + (64 * 65) * 1
     assert work["0"] == 6 * 1000 * 64
     assert work["0.8"] == 6 * 1000 * 64 + 2 * 2 * 1000 * 8

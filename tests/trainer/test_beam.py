@@ -8,6 +8,7 @@ import torch
 from gid.tree import GidTree
 from tests import tiny
 from trainer import dense, loader
+from trainer import model as model_module
 from trainer.beam import all_items, beam_search, gid_log_p
 from trainer.model import init_codes
 
@@ -166,8 +167,9 @@ def test_every_beam_ends_in_a_real_item_when_the_tree_is_sparse(room):
 
 @pytest.mark.parametrize("attention", ["full", "causal"])
 @torch.no_grad()
-def test_before_training_the_tree_ranks_as_the_dense_search_does(room, attention):
+def test_before_training_the_tree_ranks_as_the_dense_search_does(room, monkeypatch, attention):
     """With a vector for every item below each code, d_t = h(X) and the last norm at 0: p(GID | X) is softmax(h . v)."""
+    monkeypatch.setattr(model_module, "ITEMS_PER_VECTOR", 0.1)
     model, tree, catalog, batch = room(history__attention=attention, model__code_vectors="16")
     for weights in (model.decoder.final_layer_norm.weight, *model.code_vectors):
         weights.zero_()

@@ -57,7 +57,7 @@ def log_p(model, states, gid, gids=None, v=None):
 
     def read(t, code):
         if of_prefixes:
-            return sum(model.code_vectors[t][number(gid[:t]), code]) / model.config.code_vectors
+            return model.code_vectors[t][number(gid[:t]), code].mean(0)
         return model.codebook_TKD[t, code]
 
     def score(t, code, d):
@@ -376,7 +376,8 @@ def test_items_start_at_the_cf_embeddings_up_to_a_rotation_and_a_factor(room):
 
 @pytest.mark.parametrize("num_vectors", ["1", "3", "16"])
 @pytest.mark.parametrize("known", [True, False])
-def test_codes_start_amid_the_items_below_and_count_them(room, num_vectors, known):
+def test_codes_start_amid_the_items_below_and_count_them(room, monkeypatch, num_vectors, known):
+    monkeypatch.setattr(model_module, "ITEMS_PER_VECTOR", 0.1)
     _, model, _ = room(model__code_vectors=num_vectors)
     vectors, gids = torch.randn(41, 16), room.catalog.gids
     before = [table.clone() for table in model.code_vectors]
