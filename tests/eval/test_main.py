@@ -91,7 +91,7 @@ def test_the_hybrid_is_shown_beside_its_parts(trained):
     assert results["models"]["ColaRec"] != alone["models"]["ColaRec"]
     assert all(lead["over"] in ("popularity", "item_knn", "lightgcn") for lead in results["lead"].values())
     assert results["protocol"]["decoding"].endswith(
-        "with as many by h(X_u) . v_i and by c, the neighbours, ranked by log p + 0.5 (h(X_u) . v_i + 1 c)"
+        "with as many by h(X_u) . v_i and by c, the neighbours, ranked by (log p + 0.5 h(X_u) . v_i) / 1.5 + 1 c"
     )
 
 

@@ -331,7 +331,7 @@ def test_it_learns_and_is_evaluated(work):
 
 
 def test_zero_3_and_two_ranks_that_accumulate_give_the_weights_of_one(work):
-    words = ["--config", str(work), "--model.item_table=exact", "--train.max_steps=11"]
+    words = ["--config", str(work), "--model.item_table=exact", "--train.max_steps=11", "--train.best=ndcg"]
     train(words)
     expected_counts, expected = trained(work)
     assert expected_counts["num_parameters"] == sum(x.numel() for x in expected.values())
