@@ -52,7 +52,7 @@ phone:  ## Amazon Cell Phones, see configs/phone.toml
 beauty:  ## Amazon Beauty, see configs/beauty.toml
 	@$(MAKE) --no-print-directory run CONFIG=configs/beauty.toml
 
-ablate: setup  ## the paper's ablations: make ablate CONFIG=configs/demo.toml ARGS="--only=no_index,gid_random"
+ablate: setup  ## the paper's ablations: make ablate CONFIG=configs/demo.toml ARGS="--only=no_distil,gid_random"
 	@[ "$(CONFIG)" ] || { echo "error: say which experiment: make ablate CONFIG=configs/demo.toml" >&2; exit 2; }
 	$(BIN)/python eval/ablate.py --config $(CONFIG) --launcher "$(DEEPSPEED)" $(ARGS)
 

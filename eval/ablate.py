@@ -1,7 +1,7 @@
 """The ablations of the paper from one config: corpus/ and gid/ -> ablations/
 
     python eval/ablate.py --config configs/demo.toml
-    python eval/ablate.py --config configs/demo.toml --only=no_index,gid_random
+    python eval/ablate.py --config configs/demo.toml --only=no_distil,gid_random
     python eval/ablate.py --config configs/demo.toml --dry-run
     python eval/ablate.py --config configs/demo.toml --launcher="deepspeed"
     python eval/ablate.py --config configs/demo.toml \\
