@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from transformers import GenerationMixin, PreTrainedModel, T5Config
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from trainer.model import ColaRec, last_read, leaf_logits
+from trainer.model import ColaRec, last_read
+from trainer.ranking import leaf_logits
 
 
 class GeneratePeer(PreTrainedModel, GenerationMixin):

@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 
 from contract import cli
-from contract.artifacts import STAGES, read_manifest, sha256, write_atomically
+from contract.artifacts import STAGES, read_manifest
+from contract.disk import sha256, write_atomically
 from eval import table
 
 ROOT = Path(__file__).resolve().parent.parent

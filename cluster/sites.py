@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contract import files, urls
+from contract import texts, urls
 
 FOLDER = Path(__file__).parent / "profiles"
 # What a job's script sets, for cluster/stage.sh: see `chain.Link.settings`.
@@ -87,7 +87,7 @@ def load(name: str) -> Profile:
         known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml")))
         raise FileNotFoundError(f"profile {name} is no file and none of {FOLDER}: {known}")
     try:
-        tables = tomllib.loads(files.read_text(file))
+        tables = tomllib.loads(texts.read_text(file))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is one; so is a number of thousands of digits
         raise ValueError(f"profile {file} is not valid TOML: {error}") from None
     profile = _build(Profile, tables, f"profile {file}: ")

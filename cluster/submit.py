@@ -18,7 +18,8 @@ from cluster.chain import Link, comment, run
 from cluster.sites import load
 from contract import cli, urls
 from contract import config as config_module
-from contract.artifacts import FREE_IN_TRAINING, open_artifact, write_atomically
+from contract.artifacts import FREE_IN_TRAINING, open_artifact
+from contract.disk import write_atomically
 from contract.settings import Config
 
 ARTIFACTS = {"etl": "corpus", "gid": "gid", "train": "model", "eval": "eval"}  # of the stages, in their order

@@ -26,8 +26,6 @@ from contract.disk import (
     refuses_writing,
     write_record,
 )
-from contract.disk import sha256 as sha256  # for those who know an artifact's files alone
-from contract.disk import write_atomically as write_atomically
 from contract.settings import Config
 
 MANIFEST = "manifest.json"

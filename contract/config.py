@@ -11,7 +11,7 @@ import types
 import typing
 from pathlib import Path
 
-from contract import files, urls
+from contract import texts, urls
 from contract.settings import Config
 
 URLS = ("tracking.uri", "data.shards_url")  # settings that are URLs; others may hold one
@@ -57,7 +57,7 @@ def load(path: str, overrides: dict[str, str] | None = None) -> Config:
     if not file.is_file():
         raise FileNotFoundError(f"config {path} does not exist; configs/ holds those that come with the project")
     try:
-        tables = tomllib.loads(files.read_text(file))
+        tables = tomllib.loads(texts.read_text(file))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is one; so is a number of thousands of digits
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
     values = {"name": file.stem, **_flatten_toml(tables)}

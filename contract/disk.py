@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,3 +204,10 @@ def refusal(error: OSError, path: Path, remedy: str, num_bytes: int | None = Non
     folder = next(folder for folder in (file, *file.parents) if folder.is_dir())
     free = f"; {shutil.disk_usage(folder).free:,} bytes are free in {folder}" if error.errno == errno.ENOSPC else ""
     return f"{what}: {os.strerror(error.errno)}{free}; make room, or {remedy}"
+
+
+def follow_umask(path: Path) -> None:
+    """Gives what was made for its owner alone, as `tempfile` and safetensors do, the mode of any other file."""
+    # Asking the system for the umask would change it, also for the files that other threads make meanwhile.
+    umask = int(re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1], 8)
+    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)

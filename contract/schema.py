@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from contract import disk
-from contract.files import follow_umask
+from contract.disk import follow_umask
 
 # Content token ids: the special tokens of T5; the pieces follow.
 PAD, EOS, UNK = 0, 1, 2

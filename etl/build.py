@@ -18,8 +18,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from contract import schema
-from contract.artifacts import MAX_BYTES_HASHED_ON_OPEN, sha256, stage_output
+from contract.artifacts import MAX_BYTES_HASHED_ON_OPEN, stage_output
 from contract.cli import Progress, parse, run, show_plan
+from contract.disk import sha256
 from contract.settings import Config
 from contract.spark import spark_session
 from contract.tracking import track

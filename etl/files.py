@@ -174,6 +174,10 @@ def is_empty(file: Path) -> bool:
     return kind == "empty" or (kind in PACKED and not _unpacked(file, lambda stream: stream.read(1)))
 
 
+def is_utf8(encoding: str) -> bool:
+    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
+
+
 def first_line(file: Path, encoding: str = "utf-8") -> str:
     """The first line of a text file that is not blank, without its end and a byte order mark; "" if there is none.
 
@@ -181,7 +185,7 @@ def first_line(file: Path, encoding: str = "utf-8") -> str:
         ValueError: the file is packed and damaged.
     """
 
-    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    codec = "utf-8-sig" if is_utf8(encoding) else encoding
 
     def read(stream: pa.NativeFile) -> str:
         with io.TextIOWrapper(stream, codec, errors="replace") as text:

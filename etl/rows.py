@@ -13,7 +13,6 @@ row as a whole, or null) and `raw`, and with the fields of the format.
 """
 
 import bisect
-import codecs
 import csv
 import functools
 import itertools
@@ -29,7 +28,7 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from etl import parquet
-from etl.files import first_line, folder_keys
+from etl.files import first_line, folder_keys, is_utf8
 from etl.values import REPLACEMENT, bad_id, bad_text, event_text, id_text
 
 EVENTS = ("user_id", "item_id", "ts", "event", "split", "order", "reason", "raw")
@@ -299,10 +298,6 @@ def _open_quote(delimiter: str) -> Column:
     sep = re.escape(delimiter)
     closed, plain = '"(?:[^"]|"")*+"', f'(?!"|{sep})(?:(?!{sep}).)*+'
     return F.col("raw").rlike(f'^(?:(?:{closed}|{plain}|){sep})*+"(?:[^"]|"")*+$')
-
-
-def is_utf8(encoding: str) -> bool:
-    return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
 def decoded(text: Column, encoding: str) -> Column:

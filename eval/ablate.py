@@ -24,9 +24,9 @@ from pathlib import Path
 
 from contract import cli
 from contract import config as config_module
-from contract.artifacts import ELSEWHERE, Artifact, lock, open_artifact, write_atomically
+from contract.artifacts import ELSEWHERE, Artifact, lock, open_artifact
 from contract.cli import Progress
-from contract.disk import read_record, write_record, writing
+from contract.disk import read_record, write_atomically, write_record, writing
 from contract.settings import Config
 from contract.tracking import Run, track
 from eval import contrast, table

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from contract import files
+from contract import texts
 
 TITLE_CHARS = 80  # corpus/ keeps no titles apart: one is the beginning of an item's text
 _ID_CHARS = 64  # of an unknown id, that are compared with those of the catalog
@@ -108,7 +108,7 @@ def choose(names: ItemNames, only: str | None, exclude: str | None) -> np.ndarra
 
 def _read_ids(option: str, text: str) -> list[str]:
     try:
-        lines = files.lines(Path(text)) if os.path.isfile(text) else text.split(",")
+        lines = texts.lines(Path(text)) if os.path.isfile(text) else text.split(",")
         ids = [line.strip() for line in lines if line.strip()]
     except ValueError as error:
         raise ValueError(f"{option} {text} cannot be read: {error}") from None

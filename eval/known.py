@@ -13,9 +13,9 @@ import pyarrow.csv
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from contract import disk, files
+from contract import disk, texts
 from contract.schema import Ragged
-from eval.parts import ELSEWHERE
+from eval.parts import OTHER_OUT
 from trainer.samples import Block
 
 IDS_AT_ONCE = 1 << 22  # looked up in one pass over users.parquet
@@ -65,7 +65,7 @@ def find_users(corpus: Path, num_users: int, file: Path, unknown_file: Path) -> 
 
 
 def _append(file: Path, ids: list[str]) -> None:
-    with disk.writing(file, ELSEWHERE, sum(len(user_id) + 1 for user_id in ids)):
+    with disk.writing(file, OTHER_OUT, sum(len(user_id) + 1 for user_id in ids)):
         try:
             with file.open("a") as lines:
                 lines.writelines(f"{user_id}\n" for user_id in ids)
@@ -104,14 +104,14 @@ def _parquet_ids(file: Path) -> Iterator[pa.Array]:
 def _csv_ids(file: Path) -> Iterator[pa.Array]:
     convert = pyarrow.csv.ConvertOptions(column_types={"user_id": pa.string()}, include_columns=["user_id"])
     with file.open("rb") as raw:
-        read = pyarrow.csv.ReadOptions(block_size=64 << 20, encoding=files.encoding(raw))
+        read = pyarrow.csv.ReadOptions(block_size=64 << 20, encoding=texts.encoding(raw))
         with pyarrow.csv.open_csv(raw, read, convert_options=convert) as batches:
             for batch in batches:
                 yield batch["user_id"]
 
 
 def _text_ids(file: Path) -> Iterator[pa.Array]:
-    ids = filter(None, (line.strip() for line in files.lines(file)))
+    ids = filter(None, (line.strip() for line in texts.lines(file)))
     while some := list(itertools.islice(ids, IDS_AT_ONCE)):
         yield pa.array(some, pa.string())
 

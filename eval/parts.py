@@ -19,7 +19,7 @@ from contract.artifacts import MANIFEST
 
 ROWS_PER_GROUP = 1 << 16  # of the table
 _ORIGIN = b"colarec"  # in the metadata of the table
-ELSEWHERE = "write elsewhere with --out=..."  # what to do, beside making room
+OTHER_OUT = "write elsewhere with --out=..."  # what to do, beside making room
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Parts:
         if any(self.folder.glob("part-*.parquet")):
             raise ValueError(f"{self.folder} holds parts and no {MANIFEST}, which says of what; {self._over}")
         file = self.folder / "keys.npy"
-        with disk.writing(self.folder, ELSEWHERE, keys.nbytes):
+        with disk.writing(self.folder, OTHER_OUT, keys.nbytes):
             try:
                 self.folder.mkdir(exist_ok=True)
                 disk.save_array(file, keys)
@@ -102,7 +102,7 @@ class Parts:
 
     @property
     def _again(self) -> str:
-        return f"{ELSEWHERE}; the same command goes on from the parts in {self.folder}"
+        return f"{OTHER_OUT}; the same command goes on from the parts in {self.folder}"
 
     def write(self, part: int, table: pa.Table) -> None:
         """Raises ValueError when there is no room; the parts before stay."""

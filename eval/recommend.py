@@ -29,7 +29,7 @@ from contract.settings import Config
 from eval import people
 from eval.items import ItemNames, choose, read_names
 from eval.known import Histories, find_users
-from eval.parts import ELSEWHERE, Parts
+from eval.parts import OTHER_OUT, Parts
 from trainer import loader
 from trainer.distributed import process_group
 from trainer.recommender import Recommender, load
@@ -131,7 +131,7 @@ def begin(
     """Looks up the users, says which are unknown, and makes the folder of parts ready. On rank 0 alone."""
     num_users, unknown_file = inputs["corpus"].counts["num_users"], parts.output.with_suffix(".unknown.txt")
     users = np.arange(1, num_users + 1)
-    with disk.writing(unknown_file, ELSEWHERE):
+    with disk.writing(unknown_file, OTHER_OUT):
         unknown_file.unlink(missing_ok=True)
     if given.users:
         asked = find_users(inputs["corpus"].path, num_users, Path(given.users), unknown_file)

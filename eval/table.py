@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contract.artifacts import git_revision, write_atomically
+from contract.artifacts import git_revision
+from contract.disk import write_atomically
 from contract.settings import Config
 
 LINE = 110  # columns of a terminal that sentences are broken at

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract import config as config_module
-from contract.artifacts import SHAPE_NO_MODEL, STAGES, open_artifact, write_atomically
+from contract.artifacts import SHAPE_NO_MODEL, STAGES, open_artifact
+from contract.disk import write_atomically
 from contract.settings import Config
 
 FULL = "full"

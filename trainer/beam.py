@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from gid.tree import GidTree
-from trainer.model import ColaRec, last_read, leaf_logits
+from trainer.model import ColaRec, last_read
+from trainer.ranking import leaf_logits
 
 # Users whose leaves are scored at once: with 100 beams and 32 leaves of 64 wide vectors 13 MB.
 _ROWS = 16

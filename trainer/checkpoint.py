@@ -31,8 +31,7 @@ import torch.distributed as dist
 from contract import config as config_module
 from contract.artifacts import ELSEWHERE, FREE_IN_TRAINING, git_revision
 from contract.cli import RANK
-from contract.disk import difference, fingerprint, read_record, write_record, writing
-from contract.files import follow_umask
+from contract.disk import difference, fingerprint, follow_umask, read_record, write_record, writing
 from contract.settings import Config
 from trainer import engine_state
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from contract.artifacts import Artifact
-from contract.files import follow_umask
+from contract.disk import follow_umask
 from contract.settings import Config
 from trainer.model import ColaRec, ColaRecConfig
 

@@ -44,7 +44,7 @@ def decoder_flops(config: ColaRecConfig, num_sequences: float, read: float, leng
 
 
 def teacher_flops(config: ColaRecConfig, num_targets: float, num_random: float) -> float:
-    """FLOPs by which `model.Teacher` adds up the mass below each code: S Q K a level of codes; it has no backward pass.
+    """FLOPs by which `ranking.Teacher` adds up the mass below each code: S Q K a level of codes, and no backward pass.
 
     Args:
         num_random: Q, items that L_softmax ranks each target among.

@@ -24,8 +24,9 @@ from contract.tracking import track
 from trainer import distributed, pretrained, tables
 from trainer.checkpoint import Checkpoints
 from trainer.export import CARD, MODEL_FILES, model_card, write_model
+from trainer.initial import init_codes, init_items
 from trainer.inputs import Catalog, read_catalog
-from trainer.model import ColaRec, init_codes, init_items, model_config
+from trainer.model import ColaRec, model_config
 from trainer.training import Training
 
 FEW_STEPS = 2000  # with 1,825 the demo's log was learned clearly worse than with twice as many (docs/experiments.md)

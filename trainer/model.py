@@ -37,7 +37,6 @@ K codes, M vectors of a code, P prefixes, Q items drawn at random, C items below
 """
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, T5Config
@@ -47,6 +46,7 @@ from contract import config as config_module
 from contract.settings import Config
 from trainer import tables
 from trainer.inputs import NUM_GAP_BUCKETS, Catalog
+from trainer.ranking import Teacher, leaf_logits, of_all_ranks, sampled_scores
 
 # Of all tables. What the stacks read is d_model^0.5 times as large, so that what an item is reaches the end of the
 # residual stream beside what the layers add; dot products take the tables as they are, and AdamW at 1e-3 can turn them
@@ -54,9 +54,6 @@ from trainer.inputs import NUM_GAP_BUCKETS, Catalog
 EMBEDDING_STD = 0.03
 LOSSES = ("rec", "index", "bpr", "softmax", "contrastive")
 ITEMS_PER_VECTOR = 3  # below a code, on average, at least
-NOTHING_BELOW = -10.0  # b_m where no item is below: next to no probability
-CLUSTER_ROUNDS = 5  # of k-means among the items below a prefix, for the start of the e_m
-CLUSTER_ROWS = 1 << 18  # items compared with their centres at once
 
 
 class ColaRecConfig(PreTrainedConfig):
@@ -311,7 +308,7 @@ class ColaRec(PreTrainedModel):
         return parts.logsumexp(-1)
 
     def path_loss(
-        self, d_STD: torch.Tensor, gid_ST: torch.Tensor, leaves: dict | None, teacher: "Teacher | None" = None
+        self, d_STD: torch.Tensor, gid_ST: torch.Tensor, leaves: dict | None, teacher: Teacher | None = None
     ) -> torch.Tensor:
         """-log p(z_t | X, z_<t), float32 (S, T), where the decoder says d_STD before the codes of gid_ST; with a
         teacher the cross-entropy of what it asks for in their place.
@@ -355,7 +352,7 @@ class ColaRec(PreTrainedModel):
         return d_BNTD + last_read(states_BLD, mask_BNL)[:, :, None] if self.config.leaves_are_items else d_BNTD
 
     def _target_loss(
-        self, states_BLD: torch.Tensor, batch: dict, v_ND: torch.Tensor | None, teacher: "Teacher | None"
+        self, states_BLD: torch.Tensor, batch: dict, v_ND: torch.Tensor | None, teacher: Teacher | None
     ) -> torch.Tensor:
         """L_rec of each target, float32 (S,), decoded in the runs of rows that were encoded together."""
         if teacher:
@@ -389,7 +386,7 @@ class ColaRec(PreTrainedModel):
             candidate, random = batch["candidate"], batch["random"]
             targets = v_candidate[batch["next"]], candidate["item"][batch["next"]]
             of_items = (values[random] for values in (v_candidate, candidate["item"], candidate["prefix"]))
-            *drawn, prefix_Q = _of_all_ranks(batch["log_q"], *of_items)
+            *drawn, prefix_Q = of_all_ranks(batch["log_q"], *of_items)
             score_S, score_SQ = sampled_scores(h_next, *targets, *drawn)
             loss = torch.logaddexp(score_S, score_SQ.logsumexp(-1)) - score_S
             losses["softmax"] = (loss * batch["next_weight"]).sum()
@@ -427,178 +424,10 @@ def _leaves(batch: dict, name: str, v_ND: torch.Tensor | None) -> dict | None:
     return {"row": batch[f"{name}_leaf"], "choice": batch[f"{name}_choice"], "v": F.pad(v_ND, (0, 0, 1, 0))}
 
 
-def leaf_logits(d_MD: torch.Tensor, v_MCD: torch.Tensor, exists_MC: torch.Tensor) -> torch.Tensor:
-    """d . v_i of the items below a prefix, float32 (M, C); -inf where exists_MC is 0."""
-    logits_MC = (v_MCD @ d_MD.float()[..., None])[..., 0]
-    return logits_MC.masked_fill(exists_MC == 0, -torch.inf)
-
-
-def sampled_scores(
-    h_SD: torch.Tensor,
-    v_target_SD: torch.Tensor,
-    target_S: torch.Tensor,
-    log_q_Q: torch.Tensor,
-    v_random_QD: torch.Tensor,
-    random_Q: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """s_ui of each target, float32 (S,), and of the random items of all ranks, float32 (S, Q), each less the log of how
-    often it is drawn: exp of them all adds up, in expectation, to the sum over the catalog.
-
-    Args:
-        target_S, random_Q: item_idx; a target that is among the random items counts once. 0 only fills up.
-    """
-    score_SQ = h_SD @ v_random_QD.T - log_q_Q
-    score_SQ = score_SQ.masked_fill((random_Q == 0) | (random_Q == target_S[:, None]), -torch.inf)
-    return (h_SD * v_target_SD).sum(-1), score_SQ
-
-
-class Teacher:
-    """What L_rec asks for in the place of a target's code: `distil` parts of the distribution that the ranking score
-    has over the codes after a prefix, 1 - `distil` of the code itself.
-
-    Args:
-        h_SD: h(X_u) of each target.
-        score_S, score_SQ: as `sampled_scores` gives them, without gradient.
-        prefix_Q: int64, the l-1 prefixes of the random items as numbers to the base K.
-    """
-
-    def __init__(
-        self,
-        config: ColaRecConfig,
-        h_SD: torch.Tensor,
-        score_S: torch.Tensor,
-        score_SQ: torch.Tensor,
-        prefix_Q: torch.Tensor,
-    ):
-        self._config, self._h_SD, self._prefix_Q = config, h_SD, prefix_Q
-        highest_S = torch.maximum(score_S, score_SQ.max(-1).values)
-        self._mass_SQ = (score_SQ - highest_S[:, None]).exp()
-        # Never 0, as what is below the prefix of a target may have no more than that.
-        self._mass_S = (score_S - highest_S).exp().clamp_min(torch.finfo(torch.float32).tiny)
-
-    def codes(self, level: int, prefix_S: torch.Tensor, code_S: torch.Tensor) -> torch.Tensor:
-        """float32 (S, K), rows that add up to 1: of the codes of a level after prefixes of the targets."""
-        branching = self._config.branching
-        child_Q = self._prefix_Q // branching ** (self._config.code_levels - 1 - level)
-        mass_SQ = self._mass_SQ
-        if level:
-            mass_SQ = mass_SQ * (child_Q // branching == prefix_S[:, None])
-        mass_SK = mass_SQ @ F.one_hot(child_Q % branching, branching).to(mass_SQ)
-        mass_SK = mass_SK.scatter_add(1, code_S[:, None], self._mass_S[:, None])
-        return self._mixed(mass_SK / mass_SK.sum(-1, keepdim=True), code_S)
-
-    def leaves(self, v_SCD: torch.Tensor, leaves: dict) -> torch.Tensor:
-        """float32 (S, C): of the items below the l-1 prefixes of the targets."""
-        return self._mixed(leaf_logits(self._h_SD, v_SCD, leaves["row"]).softmax(-1), leaves["choice"])
-
-    def _mixed(self, asked_SN: torch.Tensor, choice_S: torch.Tensor) -> torch.Tensor:
-        distil = self._config.distil
-        return (distil * asked_SN).scatter_add(1, choice_S[:, None], torch.full_like(asked_SN[:, :1], 1 - distil))
-
-
 def last_read(states_BLD: torch.Tensor, mask_BNL: torch.Tensor) -> torch.Tensor:
     """h(X), (B, N, D), of those who read as many of the first states of a row as their mask has True: the last one."""
     at_BN = (mask_BNL.sum(-1) - 1).clamp_min(0)
     return states_BLD.gather(1, at_BN[..., None].expand(-1, -1, states_BLD.shape[-1]))
-
-
-def _of_all_ranks(*parts: torch.Tensor) -> list[torch.Tensor]:
-    """Rows of all ranks, which may have different numbers of them; zeros fill up. Each part, (N, ...), is gathered."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return list(parts)
-    most = torch.tensor(len(parts[0]), device=parts[0].device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    missing = int(most) - len(parts[0])
-    padded = [F.pad(part, (*[0, 0] * (part.ndim - 1), 0, missing)) for part in parts]
-    return [_AllGather.apply(rows.contiguous()) for rows in padded]
-
-
-class _AllGather(torch.autograd.Function):
-    """The rows of all ranks, one after another; gradients return to the rank that a row came from."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-@torch.no_grad()
-def init_items(model: ColaRec, item_embeddings: torch.Tensor, seed: int) -> torch.Tensor:
-    """Starts the atomic item embeddings at the CF embeddings (I + 1, dim) under a random orthonormal map, and returns
-    them, float32 (I + 1, D).
-
-    Inner products are kept up to a factor, so that what LightGCN knows of neighbourhoods is there at step 0. The item
-    table must be exact: a row of a hashed one belongs to many items.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    width, dim = model.item.weight.shape[1], item_embeddings.shape[1]
-    rotation, _ = torch.linalg.qr(torch.randn(max(width, dim), max(width, dim), generator=generator))
-    mapped = item_embeddings.float() @ rotation[:dim, :width]
-    mapped *= EMBEDDING_STD / mapped[1:].std().clamp_min(1e-12)
-    mapped[0] = 0
-    if isinstance(model.item, tables.RowwiseEmbedding):
-        model.item.set_rows(mapped)
-    else:
-        model.item.weight.copy_(mapped)
-    return mapped
-
-
-@torch.no_grad()
-def init_codes(model: ColaRec, gids: torch.Tensor, vectors: torch.Tensor | None, seed: int) -> None:
-    """Starts e_m at the means of M parts of the items below each prefix, by some rounds of k-means, and b_m at the log
-    of how many these are.
-
-    Args:
-        gids: int64 (I + 1, l).
-        vectors: float32 (I + 1, D), what the items start at; None: the e_m stay as they are, at random.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    prefix = torch.zeros_like(gids[1:, 0])
-    for level in range(model.config.code_levels):
-        prefix = prefix * model.config.branching + gids[1:, level]
-        there, node = prefix.unique(return_inverse=True)
-        vectors_PMD, bias_PM = (table[level].flatten(0, 1) for table in (model.code_vectors, model.code_biases))
-        num_parts = bias_PM.shape[1]
-        if vectors is None:
-            part = torch.randint(num_parts, node.shape, generator=generator)
-        else:
-            vectors_PMD[there], part = _parts(vectors[1:], node, len(there), num_parts, generator)
-        counts = torch.bincount(node * num_parts + part, minlength=len(there) * num_parts).view(-1, num_parts)
-        bias_PM.fill_(NOTHING_BELOW)
-        bias_PM[there] = counts.float().log().clamp_min(NOTHING_BELOW)
-
-
-def _parts(
-    x_ID: torch.Tensor, node_I: torch.Tensor, num_nodes: int, num_parts: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """k-means among the rows of each node, all nodes at once: the centres, float32 (nodes, M, D), and the number of its
-    centre for each row, int64 (I,). A node with fewer rows than M has each of them for a centre, and its mean."""
-    order = torch.randperm(len(x_ID), generator=generator)
-    order = order[node_I[order].argsort(stable=True)]
-    sizes = torch.bincount(node_I, minlength=num_nodes)
-    place = torch.arange(len(order)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    mean = x_ID.new_zeros(num_nodes, x_ID.shape[1]).index_add_(0, node_I, x_ID) / sizes[:, None]
-    centre = mean[:, None].repeat(1, num_parts, 1)
-    seeds = order[place < num_parts]
-    centre[node_I[seeds], place[place < num_parts]] = x_ID[seeds]
-    exists = torch.arange(num_parts) < sizes[:, None]
-    part = torch.zeros_like(node_I)
-    for _ in range(CLUSTER_ROUNDS):
-        for rows in torch.arange(len(x_ID)).split(CLUSTER_ROWS):
-            distance = (x_ID[rows, None] - centre[node_I[rows]]).square().sum(-1)
-            part[rows] = distance.masked_fill(~exists[node_I[rows]], torch.inf).argmin(1)
-        cell = node_I * num_parts + part
-        sums = torch.zeros_like(centre).flatten(0, 1).index_add_(0, cell, x_ID)
-        counts = torch.bincount(cell, minlength=len(sums))[:, None]
-        centre = torch.where(counts > 0, sums / counts.clamp_min(1), centre.flatten(0, 1)).view_as(centre)
-    return centre, part
 
 
 def _table(config: ColaRecConfig, rows: int) -> nn.Embedding:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from contract.files import follow_umask
+from contract.disk import follow_umask
 from contract.metrics import ranking_metrics
 from contract.schema import Ragged
 from eval.baselines.ranking import Fit, LeftOut, Ranking, rank_by_product

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from contract import cli, config
-from contract.artifacts import write_atomically
+from contract.disk import write_atomically
 from contract.settings import Eval, Train
 
 ROOT = Path(__file__).parents[2]

@@ -1,11 +1,7 @@
 import dataclasses
-import datetime
-import decimal
 import gzip
 import json
-import lzma
 import pickle
-import uuid
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +10,6 @@ from py4j.protocol import Py4JJavaError
 
 from contract.settings import Config, Data, Etl
 from etl import readers, rows
-from etl.files import NULL_KEY
 
 ITEMS = '{"item_id": "a", "title": "A"}\n'
 
@@ -316,28 +311,6 @@ def test_a_log_needs_no_catalog(read):
         read({"log": "x", "items": "y"}, "otto", interactions="log", items="items")
 
 
-def test_each_file_is_found_once_and_files_of_spark_are_not(tmp_path):
-    for name in ("b.csv", "a/1.csv", "a/_SUCCESS", "a/_delta_log/0.json", "a/.1.csv.crc", "c.gz", "d.parquet"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        magic = {"c.gz": b"\x1f\x8b", "d.parquet": b"PAR1"}.get(name, b"")
-        (tmp_path / name).write_bytes(magic + b"12345"[len(magic) :])
-    data = Data(format="csv", path=str(tmp_path), interactions=("b.csv", "a", "*/1.csv", "c.gz"))
-    found = readers.input_files(data)
-    assert found == {"data.interactions": [tmp_path / name for name in ("a/1.csv", "b.csv", "c.gz")], "data.items": []}
-    assert readers.input_bytes([*found["data.interactions"], tmp_path / "d.parquet"]) == 5 + 5 + 6 * 5 + 8 * 5
-
-
-def test_missing_and_empty_files_are_named(read):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.csv .* data\.interactions"):
-        read({}, "csv", interactions="nowhere.csv")
-    with pytest.raises(ValueError, match=r"data\.interactions is empty"):
-        read({}, "csv")
-    with pytest.raises(ValueError, match=r"the log is empty: no bytes in .*log\.csv"):
-        read({"log.csv": ""}, "csv", interactions="log.csv")
-    with pytest.raises(ValueError, match="with ':' in their names"):
-        read({"12:30.csv": "x"}, "csv", interactions="*.csv")
-
-
 def test_more_granules_than_an_order_can_number_are_refused(tmp_path, monkeypatch):
     (tmp_path / "log").write_bytes(b"x" * 9)
     monkeypatch.setattr(rows, "MAX_GRANULES", 8)
@@ -348,177 +321,8 @@ def test_more_granules_than_an_order_can_number_are_refused(tmp_path, monkeypatc
 
 # --- Parquet of several writers ---
 
-STAMPS = pa.array([1_700_000_000_123_456_789, 1_700_000_001_000_000_000], pa.timestamp("ns"))
-
-
-def two_events(**columns) -> pa.Table:
-    return pa.table({"user_id": ["u", "v"], "item_id": ["a", "b"]} | columns)
-
-
-def test_parquet_as_pandas_writes_it(read):
-    """Times in nanoseconds, also where they are not used; names that differ in case; other precisions beside them."""
-    content = {"1.parquet": two_events(timestamp=STAMPS, User_Id=STAMPS, junk=STAMPS, Junk=pa.nulls(2))}
-    for number, (unit, zone) in enumerate([("ms", "UTC"), ("us", None), ("ns", "Europe/Berlin")], start=2):
-        content[f"{number}.parquet"] = two_events(timestamp=STAMPS.cast(pa.timestamp(unit, zone), safe=False))
-    events, _ = read(content, "parquet", interactions="*.parquet")
-    assert [(e.user_id, e.ts, e.reason) for e in events] == [
-        ("u", 1_700_000_000_123, None),
-        ("v", 1_700_000_001_000, None),
-    ] * 4
-
-
-def test_a_column_that_some_parquet_files_lack_is_null_there(read):
-    """Whichever file comes first; of pandas' type for a column that is None throughout; an id that is null is bad."""
-    with_type = two_events(timestamp=[1, 2], type=["view", "cart"])
-    content = {
-        "1.parquet": two_events(timestamp=[1, 2]),
-        "2.parquet": with_type,
-        "3.parquet": two_events(timestamp=[1, 2], type=pa.nulls(2)),
-        "4.parquet": with_type.drop_columns("user_id").slice(0, 1),
-    }
-    events, _ = read(content, "parquet", interactions="*.parquet", event_column="type")
-    assert [e.event for e in events] == [None, None, "view", "cart", None, None, "view"]
-    assert [e.reason for e in events] == [None] * 6 + ["no user id"]
-    with pytest.raises(ValueError, match=r'1\.parquet has no column "kind"'):
-        read({}, "parquet", interactions="*.parquet", event_column="kind")
-
-
-def test_integers_of_all_widths_are_one_column(read):
-    widths = [
-        *((pa.int32(), 7), (pa.int64(), 1 << 40), (pa.uint8(), 255), (pa.uint32(), (1 << 32) - 1)),
-        (pa.uint64(), (1 << 64) - 1),
-    ]
-    content = {
-        f"{n}.parquet": pa.table({"user_id": pa.array([value], type_), "item_id": ["a"], "timestamp": [1]})
-        for n, (type_, value) in enumerate(widths)
-    }
-    events, _ = read(content, "parquet", interactions="*.parquet")
-    assert [e.user_id for e in events] == [str(value) for _, value in widths]
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [(["7"], 'column "user_id" is string in .*2.parquet and int32 in .*1.parquet; write it with one type'),
-     ([7.5], r"is double in .*2.parquet and int32 in .*1.parquet; .* \(in pandas: dtype Int64\)"),
-     (pa.array([1.5], pa.float16()), 'column "user_id" of .*2.parquet is of type halffloat, which is not read')],
-)  # fmt: skip
-def test_types_that_do_not_go_together_are_named(read, ids, message):
-    one = pa.table({"user_id": pa.array([7], pa.int32()), "item_id": ["a"], "timestamp": [1]})
-    two = pa.table({"user_id": ids, "item_id": ["a"], "timestamp": [1]})
-    with pytest.raises(ValueError, match=message):
-        read({"1.parquet": one, "2.parquet": two}, "parquet", interactions="*.parquet")
-
-
-def test_what_has_a_text_form_is_read_as_text(read):
-    values = {
-        "2026-01-02": datetime.date(2026, 1, 2),
-        "5.10": decimal.Decimal("5.10"),
-        "01:02:03.004": pa.array([3_723_004], pa.time32("ms")),
-        "01:02:03": pa.array([3_723_000_000_000], pa.time64("ns")),
-        "18446744073709551615": pa.array([(1 << 64) - 1], pa.uint64()),
-        "00000000-0000-0000-0000-00000000000f": pa.array([uuid.UUID(int=15).bytes], pa.uuid()),
-        "large": pa.array(["large"], pa.large_string()),
-        "coded": pa.array(["coded"]).dictionary_encode(),
-        "bytes": b"bytes",
-        "x y": [["x", "y"]],
-        "p q": pa.array([["p", "q"]], pa.large_list(pa.large_string())),
-        "": pa.array([[]], pa.list_(pa.null())),
-    }
-    arrays = [value if isinstance(value, (pa.Array, list)) else [value] for value in values.values()]
-    names = [f"c{n}" for n in range(len(values))]
-    items = pa.table({"item_id": ["a"]} | dict(zip(names, arrays, strict=True)))
-    log = two_events(timestamp=[1, 2])
-    _, found = read(
-        {"log.parquet": log, "items.parquet": items},
-        "parquet", interactions="log.parquet", items="items.parquet", text_columns=",".join(names),
-    )  # fmt: skip
-    assert found[0].text.split("\n") == list(filter(None, values))
-
 
 # --- which files there are, and what they are ---
-
-
-def test_links_are_followed_and_no_file_is_read_twice(tmp_path):
-    for name in ("log/1.csv", "elsewhere/2.csv", "elsewhere/deep/3.csv", "log/_later=1/4.csv"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    links = {
-        *(("log/old", "../elsewhere"), ("log/newest", "_later=1"), ("log/again.csv", "1.csv")),
-        *(("elsewhere/deep/ring", "../../log"), ("log/here", ".")),
-    }
-    for link, target in links:
-        (tmp_path / link).symlink_to(target)
-    data = Data(format="csv", path=str(tmp_path), interactions=("log",))
-    names = ["log/1.csv", "log/_later=1/4.csv", "log/old/2.csv", "log/old/deep/3.csv"]
-    assert readers.input_files(data)["data.interactions"] == [tmp_path / name for name in names]
-    (tmp_path / "log" / "gone").symlink_to("nowhere")
-    with pytest.raises(FileNotFoundError, match=r"log/gone is a link to nowhere, which is not there"):
-        readers.input_files(data)
-
-
-@pytest.mark.parametrize("folder", ["data [spring]", "a*b?", "~", "plain"])
-def test_a_path_that_is_there_is_no_pattern(tmp_path, monkeypatch, folder):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    log = tmp_path / ("home" if folder == "~" else folder) / "log [1]" / "x1.csv"
-    log.parent.mkdir(parents=True)
-    log.write_text("x")
-    path = "~" if folder == "~" else str(tmp_path / folder)
-    for name in ("log [1]", "log [1]/x1.csv", "log [1]/x[0-9].csv", "*/x?.csv", "~/log [1]"):
-        if name.startswith("~") and folder != "~":
-            continue
-        data = Data(format="csv", path=path, interactions=(name,))
-        assert readers.input_files(data)["data.interactions"] == [log]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "format_", "message"),
-    [("log.csv.gz", b"user_id,item_id\n", "csv", r"named \.gz, but not packed with gzip: rename it to log\.csv"),
-     ("log.csv.zst", b"user_id,item_id\n", "csv", "named .zst, but not packed with zstd"),
-     ("log.csv", gzip.compress(b"user_id"), "csv", r"packed with gzip, which its name has to say: .* \.\.\.\.gz"),
-     ("log.GZ", gzip.compress(b"{}"), "jsonl", "packed with gzip, which its name has to say"),
-     ("log.csv.xz", lzma.compress(b"x"), "csv", "packed with xz: unpack it"),
-     ("log.csv", b"PK\x03\x04\x14\x00", "csv", "a ZIP archive or an Excel workbook"),
-     ("log.csv", b"PAR1\x15\x04PAR1", "csv", "but Parquet: set data.format"),
-     ("log.parquet", b"user_id,item_id", "parquet", "no Parquet file .* another file, such as text: set data.format"),
-     ("log.parquet", b"", "parquet", "has no bytes, which no Parquet file is"),
-     ("log.parquet", b"PAR1 cut", "parquet", "damaged, cut off, or no Parquet file"),
-     ("log.csv.gz", gzip.compress(b"user_id,item_id\n" * 9)[:12], "csv", "it is damaged or cut off"),
-     ("log.csv.gz", gzip.compress(b""), "csv", "the log is empty"),
-     ("_log.csv", b"user_id", "csv", "hidden from Spark by its name")],
-)  # fmt: skip
-def test_a_file_is_what_it_holds_and_not_its_name(read, tmp_path, name, content, format_, message):
-    (tmp_path / name).write_bytes(content)  # as it is: `read` would pack it
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read({}, format_, interactions=name)
-
-
-def test_packed_files_with_nothing_in_them_are_no_other_header(read, tmp_path):
-    (tmp_path / "0.csv.gz").write_bytes(b"")
-    content = {"1.csv.gz": "", "2.csv.gz": "\n\nuser_id,item_id,timestamp\nu,a,1\n", "3.csv": "\ufeff\n", "4.csv": "\n"}
-    events, _ = read(content, "csv", interactions="*.csv*")
-    assert [(e.user_id, e.ts, e.reason) for e in events] == [("u", 1000, None)]
-
-
-@pytest.mark.parametrize("format_", ["csv", "csv of many lines", "jsonl", "parquet"])
-def test_keys_of_folders_are_columns(read, format_):
-    format_, _, multiline = format_.partition(" ")
-    keys = ["dt=2026-11-01/event=view", "dt=2026-11-01/event=a%20%C3%BC%3Db", f"dt=2026-11-02/event={NULL_KEY}"]
-    content = {
-        "csv": "user_id,item_id\nu,a\n",
-        "jsonl": '{"user_id": "u", "item_id": "a"}\n',
-        "parquet": pa.table({"user_id": ["u"], "item_id": ["a"]}),
-    }[format_]
-    files = {f"{key}/part-0": content for key in keys}
-    if format_ == "jsonl":
-        files["dt=2026-11-02/event=view/part-1"] = '{"user_id": "u", "item_id": "a", "event": "own"}\n'
-    events, _ = read(
-        files, format_, split="given", interactions="dt=*", event_column="event", split_column="event",
-        time_column="dt", time_unit="iso", multiline="true" if multiline else "false",
-    )  # fmt: skip
-    day = 1_793_491_200_000
-    found = [(day, "a ü=b"), (day, "view"), (day + 86_400_000, None)]
-    assert [(e.ts, e.event) for e in events] == found + [(day + 86_400_000, "own")] * (format_ == "jsonl")
-    assert {e.reason for e in events} == {"no split, which is train, valid, test"}
 
 
 def test_nanoseconds_are_divided_in_integers(spark):

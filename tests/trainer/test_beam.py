@@ -10,7 +10,7 @@ from tests import tiny
 from trainer import dense, loader
 from trainer import model as model_module
 from trainer.beam import all_items, beam_search, gid_log_p
-from trainer.model import init_codes
+from trainer.initial import init_codes
 
 
 @pytest.fixture

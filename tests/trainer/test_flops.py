@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.flops import decoder_flops, step_flops, teacher_flops
-from trainer.model import ColaRec, ColaRecConfig, Teacher
+from trainer.model import ColaRec, ColaRecConfig
+from trainer.ranking import Teacher
 
 B, L, N, M, T = 4, 9, 6, 5, 3
 

@@ -8,7 +8,7 @@ import torch
 
 from contract.schema import Ragged
 from tests import tiny
-from trainer import inputs, loader, packing
+from trainer import initial, inputs, loader, packing, ranking
 from trainer import model as model_module
 
 # Of nine items, K = 4: one first code has none, one item is alone below its.
@@ -320,11 +320,11 @@ def teacher_of_two_levels(scores, drawn, log_q, target, distil=1.0, gids=GIDS):
     """
     config = model_module.ColaRecConfig(gid_length=3, branching=4, codebooks="prefix", distil=distil)
     v = torch.cat([torch.zeros(1), scores])[:, None]
-    score_S, score_SQ = model_module.sampled_scores(
+    score_S, score_SQ = ranking.sampled_scores(
         torch.ones(1, 1), v[[target]], torch.tensor([target]), log_q, v[drawn], drawn
     )
     prefixes = torch.tensor([0, *(4 * first + second for first, second, _ in gids)])
-    teacher = model_module.Teacher(config, torch.ones(1, 1), score_S, score_SQ, prefixes[drawn])
+    teacher = ranking.Teacher(config, torch.ones(1, 1), score_S, score_SQ, prefixes[drawn])
     first, second, _ = gids[target - 1]
     root = teacher.codes(0, torch.tensor([0]), torch.tensor([first]))
     return root[0], teacher.codes(1, torch.tensor([first]), torch.tensor([second]))[0]
@@ -367,7 +367,7 @@ def test_the_teacher_knows_the_target_where_its_score_is_next_to_none():
 def test_items_start_at_the_cf_embeddings_up_to_a_rotation_and_a_factor(room):
     _, model, _ = room()
     embeddings = torch.randn(41, 8)
-    mapped = model_module.init_items(model, embeddings, seed=1)
+    mapped = initial.init_items(model, embeddings, seed=1)
     before, after = embeddings[1:] @ embeddings[1:].T, model.item.weight[1:] @ model.item.weight[1:].T
     assert torch.allclose(after / after.norm(), before / before.norm(), atol=1e-5)
     assert model.item.weight[0].abs().sum() == 0
@@ -381,7 +381,7 @@ def test_codes_start_amid_the_items_below_and_count_them(room, monkeypatch, num_
     _, model, _ = room(model__code_vectors=num_vectors)
     vectors, gids = torch.randn(41, 16), room.catalog.gids
     before = [table.clone() for table in model.code_vectors]
-    model_module.init_codes(model, torch.from_numpy(gids), vectors if known else None, seed=1)
+    initial.init_codes(model, torch.from_numpy(gids), vectors if known else None, seed=1)
     for level, (table, bias) in enumerate(zip(model.code_vectors, model.code_biases, strict=True)):
         assert table.shape == (4**level, 4, int(num_vectors), 16)
         for path in itertools.product(range(4), repeat=level + 1):
@@ -390,7 +390,7 @@ def test_codes_start_amid_the_items_below_and_count_them(room, monkeypatch, num_
             e, b = table.flatten(0, 1)[node], bias.flatten(0, 1)[node]
             counts = b.exp().round().int()
             assert counts.sum() == len(below)
-            assert torch.allclose(b, torch.where(counts > 0, counts.log(), model_module.NOTHING_BELOW), atol=1e-6)
+            assert torch.allclose(b, torch.where(counts > 0, counts.log(), initial.NOTHING_BELOW), atol=1e-6)
             if not (known and len(below)):
                 assert torch.equal(e, before[level].flatten(0, 1)[node])
             elif len(below) <= int(num_vectors):  # each of them, and where there are no more their mean
@@ -409,8 +409,8 @@ def test_parts_of_items_have_their_mean_for_a_centre(monkeypatch):
     node[node == 6], node[:2] = 5, 6  # a node of two
     found = []
     for rows_at_once in (1 << 18, 33):
-        monkeypatch.setattr(model_module, "CLUSTER_ROWS", rows_at_once)
-        found.append(model_module._parts(x, node, 7, 4, torch.Generator().manual_seed(1)))
+        monkeypatch.setattr(initial, "CLUSTER_ROWS", rows_at_once)
+        found.append(initial._parts(x, node, 7, 4, torch.Generator().manual_seed(1)))
     (centre, part), again = found
     assert torch.equal(centre, again[0])
     assert torch.equal(part, again[1])

@@ -19,8 +19,9 @@ from eval.main import main as evaluate
 from tests import tiny
 from tests.trainer import runs
 from trainer import tables
+from trainer.initial import init_codes, init_items
 from trainer.main import main as train
-from trainer.model import EMBEDDING_STD, ColaRec, ColaRecConfig, init_codes, init_items
+from trainer.model import EMBEDDING_STD, ColaRec, ColaRecConfig
 from trainer.tables import Addresses, RowwiseEmbedding, Shard
 
 ALONE = Shard(0, 1)

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from cluster import sites
-from contract import config, files
+from contract import config, disk, texts
 from eval import items, known
 
 TEXT = "a\nbé\n"
@@ -24,11 +24,11 @@ BYTES = {
 @pytest.mark.parametrize("content", BYTES.values(), ids=list(BYTES))
 def test_a_text_is_what_its_author_saw(tmp_path, content):
     (tmp_path / "text").write_bytes(content)
-    assert files.read_text(tmp_path / "text") == TEXT
+    assert texts.read_text(tmp_path / "text") == TEXT
     reader, writer = os.pipe()
     os.write(writer, content)
     os.close(writer)
-    assert files.read_text(type(tmp_path)(f"/dev/fd/{reader}")) == TEXT
+    assert texts.read_text(type(tmp_path)(f"/dev/fd/{reader}")) == TEXT
     os.close(reader)
 
 
@@ -47,7 +47,7 @@ def test_a_text_is_what_its_author_saw(tmp_path, content):
 def test_what_is_no_text_is_said_with_its_line(tmp_path, content, message):
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        files.read_text(tmp_path / "text")
+        texts.read_text(tmp_path / "text")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -90,7 +90,7 @@ def test_a_private_file_or_folder_gets_the_mode_of_others(tmp_path, umask):
         (tmp_path / "other file").touch()
         (tmp_path / "other folder").mkdir()
         for kind in ("file", "folder"):
-            files.follow_umask(tmp_path / kind)
+            disk.follow_umask(tmp_path / kind)
             assert stat.S_IMODE((tmp_path / kind).stat().st_mode) == stat.S_IMODE(
                 (tmp_path / f"other {kind}").stat().st_mode
             )

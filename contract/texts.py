@@ -1,8 +1,6 @@
-"""Files of other people: texts that a person wrote, with whatever program, and files that colleagues are to read."""
+"""Texts that a person wrote, with whatever program."""
 
 import io
-import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +40,3 @@ def lines(file: Path) -> Iterator[str]:
 def read_text(file: Path) -> str:
     """The whole of a text that a person wrote. Raises as `lines` does."""
     return "".join(lines(file))
-
-
-def follow_umask(path: Path) -> None:
-    """Gives what was made for its owner alone, as `tempfile` and safetensors do, the mode of any other file."""
-    # Asking the system for the umask would change it, also for the files that other threads make meanwhile.
-    umask = int(re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1], 8)
-    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~umask)
